@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import click
+
+from .main import State
+
+
+@click.command("sync")
+@click.option("--tracking-uri", default="", help="MLflow store; default $MLFLOW_TRACKING_URI or the run folder's own.")
+@click.pass_obj
+def command(state: State, tracking_uri: str) -> None:
+    """Send the runs that wait in the spool to the tracking store."""
+    from ..experiment import Experiment
+    from ..paths import runs_folder
+    from ..runner import Session
+    from ..tracking import sync, tracker_for
+    from ..tracking import tracking_uri as choose
+
+    root = runs_folder()
+    session = Session(Experiment("runs", ()), root)
+    waiting = len(list(session.spool))
+    if waiting:
+        sync(tracker_for(choose(tracking_uri, root), root), session)
+    click.echo(f"{waiting} runs sent")

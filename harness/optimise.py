@@ -1,0 +1,278 @@
+"""The one loop that makes images by ascending an objective; parts compose.
+
+    objective    what rises: a score a picture; objectives add and scale
+    transforms   what happens to the picture before the model sees it (jitter), differentiable
+    step         how far to go along the gradient (normalised, constant, line search)
+    operators    what happens to the picture after a step (decay, blur, clipping), in the order given
+
+A score that is not finite ends the work on that picture: its last good state is kept and said so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .context import Draws
+from .hooks import ANSWER
+from .models import LoadedModel
+
+Score = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+
+# -- objectives --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Objective:
+    """score(outputs of `layers`, pictures) -> (N,). `a + b` and `2 * a` make new ones; one forward pass serves all."""
+
+    layers: frozenset[str]
+    score: Score
+
+    def __add__(self, other: Objective) -> Objective:
+        return Objective(self.layers | other.layers, lambda outputs, x: self.score(outputs, x) + other.score(outputs, x))
+
+    def __mul__(self, factor: float) -> Objective:
+        return Objective(self.layers, lambda outputs, x: factor * self.score(outputs, x))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Objective:
+        return self * -1
+
+    def __sub__(self, other: Objective) -> Objective:
+        return self + -other
+
+
+def class_score(classes: Tensor) -> Objective:
+    """S_c, the unnormalised class score of class c = classes[i] for picture i (Simonyan et al. 2013, eq. 1)."""
+    return Objective(frozenset({ANSWER}), lambda outputs, _: outputs[ANSWER].gather(1, classes.unsqueeze(1)).squeeze(1))
+
+
+def squared_norm(centre: Tensor | float = 0.0) -> Objective:
+    """||x - centre||_2^2 of each picture; subtract it to keep pictures near `centre`."""
+    return Objective(frozenset(), lambda _, x: (x - centre).square().flatten(1).sum(1))
+
+
+def evaluate(model: LoadedModel, objective: Objective, seen: Tensor, pictures: Tensor) -> Tensor:
+    """(N,) scores: layers look at `seen` (the transformed pictures), penalties at the pictures themselves."""
+    layers = sorted(objective.layers)
+    if layers == [ANSWER]:
+        outputs = {ANSWER: model(seen)}
+    else:
+        outputs = model.activations(seen, layers) if layers else {}
+    return objective.score(outputs, pictures)
+
+
+# -- transforms --------------------------------------------------------------------------------------------------------
+
+
+class Transform(Protocol):
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Roll each picture by up to `pixels` in both directions; the gradient rolls back by itself."""
+
+    pixels: int
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        if self.pixels == 0:
+            return images
+        shifts = draws.integers(-self.pixels, self.pixels + 1, 2)
+        return torch.stack([torch.roll(x, (dy, dx), (1, 2)) for x, (dy, dx) in zip(images, shifts, strict=True)])
+
+
+# -- operators: what happens to the pictures after a step -----------------------------------------------------------------
+
+
+class Operator(Protocol):
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Decay:
+    """centre + (1 - theta) (x - centre): L2 decay (Yosinski et al. 2015, sec. 3)."""
+
+    theta: float
+    centre: Tensor
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        return images if self.theta == 0 else torch.lerp(images, self.centre, self.theta)
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Gaussian blur every `every` steps; sigma in pixels goes from `sigma` to `end` over `steps`."""
+
+    sigma: float
+    every: int = 1
+    end: float | None = None
+    steps: int = 1
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        if self.every == 0 or (step + 1) % self.every:
+            return images
+        end = self.sigma if self.end is None else self.end
+        return gaussian_blur(images, self.sigma + (end - self.sigma) * step / max(1, self.steps - 1))
+
+
+@dataclass(frozen=True)
+class ClipSmallNorm:
+    """Pixels whose norm over the channels is below the percentile return to `centre` (Yosinski et al. 2015)."""
+
+    percentile: float
+    centre: Tensor
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        if self.percentile == 0:
+            return images
+        return _keep(images, self.centre, (images - self.centre).square().sum(1, keepdim=True).sqrt(), self.percentile)
+
+
+@dataclass(frozen=True)
+class ClipSmallContribution:
+    """Pixels whose |sum over channels of (x - centre) * gradient| is below the percentile return to `centre`."""
+
+    percentile: float
+    centre: Tensor
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        if self.percentile == 0:
+            return images
+        benefit = ((images - self.centre) * gradient).sum(1, keepdim=True).abs()
+        return _keep(images, self.centre, benefit, self.percentile)
+
+
+@dataclass(frozen=True)
+class ClampPixels:
+    """Keep pixels in [0, 1]."""
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        return images.clamp(0, 1)
+
+
+def _keep(images: Tensor, centre: Tensor, value: Tensor, percentile: float) -> Tensor:
+    """`images` where value (N, 1, H, W) reaches its picture's percentile, `centre` elsewhere."""
+    threshold = torch.quantile(value.flatten(1), percentile / 100, dim=1).view(-1, 1, 1, 1)
+    return torch.where(value >= threshold, images, centre)
+
+
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian over (H, W), cut at 4 sigma, edges repeated; as scipy's gaussian_filter(mode='nearest')."""
+    if sigma <= 0:
+        return images
+    radius = int(4 * sigma + 0.5)
+    place = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.exp(-0.5 * (place / sigma).square())
+    kernel = kernel / kernel.sum()
+    channels = images.shape[1]
+    x = F.pad(images, (0, 0, radius, radius), mode="replicate")
+    x = F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    x = F.pad(x, (radius, radius, 0, 0), mode="replicate")
+    return F.conv2d(x, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """What the loop gives back."""
+
+    images: Tensor  # (N, C, H, W)
+    scores: Tensor  # (T, N): the objective before each step
+    stopped: list[int] = field(default_factory=list)  # pictures whose score stopped being finite
+    snapshots: list[tuple[int, Tensor]] = field(default_factory=list)  # (steps done, images)
+
+
+StepRule = Literal["normalised", "constant", "line_search"]
+
+
+def ascend(
+    model: LoadedModel,
+    objective: Objective,
+    start: Tensor,
+    *,
+    steps: int,
+    step_size: float,
+    draws: Draws,
+    rule: StepRule = "normalised",
+    transforms: Sequence[Transform] = (),
+    operators: Sequence[Operator] = (),
+    snapshots: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Ascent:
+    """Ascend the objective from `start` (N, C, H, W) for `steps` steps.
+
+    rule 'normalised'  x += step_size * g / rms(g), rms over the picture: step_size is the RMS change of a pixel
+         'constant'    x += step_size * g
+         'line_search' as constant, but a step after which a picture scores less is taken back and its step size
+                       halved (accepted ones grow it by a tenth), so that no score ever falls; not with random transforms
+    Cost: one forward and one backward pass a step. Pictures do not influence one another.
+    """
+    if rule == "line_search" and transforms:
+        raise ValueError("line_search compares scores, which random transforms would blur")
+    x = start.detach().clone()
+    alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    trace: list[Tensor] = []
+    shots: list[tuple[int, Tensor]] = []
+    wanted = {round(steps * (i + 1) / snapshots) for i in range(snapshots)} if snapshots else set()
+    size = torch.full((len(x), 1, 1, 1), step_size, device=x.device, dtype=x.dtype)
+    best: tuple[Tensor, Tensor, Tensor] | None = None  # line search: pictures, gradient, score accepted last
+
+    for step in range(steps):
+        score, gradient = _score_and_gradient(model, objective, x, transforms, draws)
+        finite = torch.isfinite(score) & torch.isfinite(gradient.flatten(1)).all(1)
+        alive = alive & finite
+        if rule == "line_search":
+            if best is not None:
+                good = (score >= best[2]) & finite
+                alive = torch.ones_like(alive)  # a step into the void is taken back like any other bad one
+                mask = good.view(-1, 1, 1, 1)
+                x, gradient = torch.where(mask, x, best[0]), torch.where(mask, gradient, best[1])
+                score = torch.where(good, score, best[2])
+                size = torch.where(mask, size * 1.1, size * 0.5)
+            best = (x, gradient, score)
+        trace.append(score)
+        if rule == "normalised":
+            rms = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+            move = gradient / rms.clamp_min(torch.finfo(x.dtype).tiny)
+        else:
+            move = gradient
+        new = x + size * move
+        for operator in operators:
+            new = operator(new, gradient, step)
+        # torch.where and not an `if`: a device is not waited for in the middle of the loop.
+        x = torch.where(alive.view(-1, 1, 1, 1), new, x)
+        if step + 1 in wanted:
+            shots.append((step + 1, x.clone()))
+        if progress is not None:
+            progress("steps", step + 1, steps)
+    if rule == "line_search" and best is not None:
+        with torch.no_grad():
+            final = evaluate(model, objective, x, x)
+        x = torch.where((final >= best[2]).view(-1, 1, 1, 1), x, best[0])
+    scores = torch.stack(trace) if trace else x.new_zeros((0, len(x)))
+    stopped = torch.nonzero(~alive).flatten().tolist()
+    return Ascent(x, scores, stopped, shots)
+
+
+def _score_and_gradient(
+    model: LoadedModel, objective: Objective, x: Tensor, transforms: Sequence[Transform], draws: Draws
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        seen: Tensor = leaf
+        for transform in transforms:
+            seen = transform(seen, draws)
+        score = evaluate(model, objective, seen, leaf)
+        gradient = torch.autograd.grad(score.sum(), leaf)[0]
+    return score.detach(), gradient

@@ -1,0 +1,220 @@
+"""`registry.yaml` -> typed entries. A user's own file overlays ours: an entry of the same name replaces it whole."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from . import yamlfile
+from .errors import ConfigError, RegistryError, did_you_mean, unknown
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+Positive = Annotated[int, Field(ge=1, le=100_000)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    description: str = ""
+    license: str = ""
+    source_url: str = ""
+    _where: str = PrivateAttr("")
+    _folder: Path = PrivateAttr(Path("."))
+
+    @property
+    def where(self) -> str:
+        """'file:line' of the entry."""
+        return self._where
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the file it stands in; relative paths start there."""
+        return self._folder
+
+
+class InputSpec(BaseModel):
+    """What a model expects: pictures are resized (shorter side), centre-cropped to `size`, then (x - mean) / std."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    channels: Literal[1, 3] = 3
+    size: Positive = 224
+    resize: Positive | None = None
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> InputSpec:
+        for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            value = getattr(self, key) or (default if self.channels == 3 else default[:1])
+            if len(value) != self.channels:
+                raise ValueError(f"{key} has {len(value)} numbers for {self.channels} channels")
+            object.__setattr__(self, key, value)
+        if min(self.std) <= 0:
+            raise ValueError("std must be above zero")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize {self.resize} is below the crop size {self.size}")
+        return self
+
+
+class ModelEntry(_Entry):
+    """How to build a model, where its weights are, and what it takes and gives."""
+
+    builder: str
+    args: dict[str, Any] = {}
+    weights: str = "random:0"
+    convert: str = ""  # path.to:function(loaded, entry) -> state dict, for weights stored another way
+    file: str = ""  # file name of downloaded weights, so that their hash is known without importing torchvision
+    sha256: Sha256 | None = None
+    classes: str | list[str] = ""
+    input: InputSpec = InputSpec()
+    recipe: str = ""
+
+    @field_validator("builder", "weights")
+    @classmethod
+    def _scheme(cls, value: str) -> str:
+        if ":" not in value:
+            raise ValueError("must look like 'scheme:name' or 'path.to:Class'")
+        return value
+
+
+class DatasetEntry(_Entry):
+    """Where pictures come from: `folder:PATH`, `package:PACKAGE/PATTERN`, `digits:SPLIT`, `torchvision:NAME`."""
+
+    source: str
+    classes: str | list[str] = ""
+    split: Literal["train", "test", "all"] = "all"
+    files: list[str] = []
+    unlabelled: bool = False
+
+    @field_validator("source")
+    @classmethod
+    def _scheme(cls, value: str) -> str:
+        if ":" not in value:
+            raise ValueError("must look like 'scheme:rest'")
+        return value
+
+
+class RecipeEntry(_Entry):
+    """How a small network is trained; `harness train NAME` follows it."""
+
+    builder: str
+    args: dict[str, Any] = {}
+    dataset: str
+    test_dataset: str
+    epochs: Positive
+    batch_size: Positive = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    shift: Annotated[int, Field(ge=0)] = 0  # random shifts of up to this many pixels
+    seed: int = 0
+    classes: str | list[str] = ""
+    input: InputSpec = InputSpec()
+
+
+SECTIONS: dict[str, type[_Entry]] = {"models": ModelEntry, "datasets": DatasetEntry, "recipes": RecipeEntry}
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All entries, ours and the user's."""
+
+    models: Mapping[str, ModelEntry] = field(default_factory=dict)
+    datasets: Mapping[str, DatasetEntry] = field(default_factory=dict)
+    recipes: Mapping[str, RecipeEntry] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+
+    def model(self, name: str) -> ModelEntry:
+        """The entry of `NAME`, or of `NAME@random[:SEED]` with seeded random weights in place of its own."""
+        base, _, variant = name.partition("@")
+        if base not in self.models:
+            raise unknown("model", base, self.models, "`harness models`")
+        entry = self.models[base]
+        if not variant:
+            return entry
+        match = re.fullmatch(r"random(?::(\d+))?", variant)
+        if not match:
+            raise ConfigError(f"model {name!r}: after '@' only 'random' or 'random:SEED' may stand")
+        update = {"weights": f"random:{match[1] or 0}", "sha256": None, "convert": "", "file": "", "recipe": ""}
+        random = entry.model_copy(update=update)
+        random._where, random._folder = entry.where, entry.folder
+        return random
+
+    def dataset(self, name: str) -> DatasetEntry:
+        """The entry of a name, or of a folder of images given by its path."""
+        if name in self.datasets:
+            return self.datasets[name]
+        if os.sep in name or name in (".", "..") or Path(name).is_dir():
+            if not Path(name).is_dir():
+                raise ConfigError(f"dataset {name!r}: there is no such folder")
+            entry = DatasetEntry(source=f"folder:{Path(name).resolve()}", description="a folder of images")
+            entry._where = name
+            return entry
+        raise unknown("dataset", name, self.datasets, "`harness datasets`, a path with a '/' names a folder;")
+
+    def recipe(self, name: str) -> RecipeEntry:
+        if name not in self.recipes:
+            raise unknown("recipe", name, self.recipes)
+        return self.recipes[name]
+
+
+def shipped_path() -> Path:
+    """Our own registry: inside the package in a wheel, at the project's root in a checkout."""
+    here = Path(__file__).parent
+    for path in (here / "registry.yaml", here.parent / "registry.yaml"):
+        if path.is_file():
+            return path
+    raise RegistryError(f"registry.yaml is missing beside {here}; reinstall vision-harness")
+
+
+def read_file(path: Path) -> dict[str, dict[str, Any]]:
+    """The validated entries of one registry file, by section."""
+    source = yamlfile.read(path)
+    if not isinstance(source.data, dict):
+        raise RegistryError(f"{source.at()}: a registry holds the sections {', '.join(SECTIONS)}")
+    problems: list[str] = []
+    found: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for section, entries in source.data.items():
+        if section not in SECTIONS:
+            known = "; there is " + ", ".join(SECTIONS)
+            problems.append(f"{source.at((section,))}: {section}: unknown section{did_you_mean(section, SECTIONS) or known}")
+            continue
+        if not isinstance(entries, dict):
+            problems.append(f"{source.at((section,))}: {section}: must map names to entries")
+            continue
+        for name, value in entries.items():
+            location = (section, name)
+            if not NAME.fullmatch(str(name)):
+                problems.append(f"{source.at(location)}: {section}.{name}: a name has letters, digits, '_', '.' and '-'")
+                continue
+            try:
+                entry = source.validate(SECTIONS[section], value, location)
+            except RegistryError as error:
+                problems.append(str(error))
+                continue
+            entry._where, entry._folder = source.at(location), path.resolve().parent
+            found[section][str(name)] = entry
+    if problems:
+        raise RegistryError("\n".join(problems))
+    return found
+
+
+def load_registry(overlays: Sequence[Path] = ()) -> Registry:
+    """Our registry with the user's files laid over it, in order; `HARNESS_REGISTRY` names more (path separator between)."""
+    named = [Path(p) for p in os.environ.get("HARNESS_REGISTRY", "").split(os.pathsep) if p]
+    merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    files = [shipped_path(), *named, *overlays]
+    for path in files:
+        for section, entries in read_file(path).items():
+            merged[section].update(entries)
+    return Registry(**merged, files=tuple(files))

@@ -1,0 +1,435 @@
+"""The one loop: plan, reuse, seed, run, time, record. The only place that catches a technique's errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import __version__
+from .artifacts import Images
+from .datasets import Dataset, load_dataset
+from .device import device_kind, device_settings, peak_memory
+from .errors import ConfigError, HarnessError, NotApplicable
+from .experiment import PICTURES, Experiment, RunSpec
+from .plugins import Plugins
+from .record import DatasetFacts, ErrorFacts, MetricValue, ModelFacts, Record, Spool, Status, StoredRun, TechniqueFacts
+from .registry import Registry
+from .technique import Result, Technique
+from .weights import weights_hash
+
+if TYPE_CHECKING:
+    from .models import LoadedModel
+
+INPUTS = "inputs"  # the artifact that holds the pictures of a per-picture technique
+MINOR = ".".join(__version__.split(".")[:2])
+_RECORDED = (
+    "torch", "torchvision", "numpy", "scipy", "scikit-learn", "scikit-image", "opencv-python-headless", "pillow",
+    "mlflow-skinny", "weasyprint", "vision-harness",
+)  # fmt: skip
+
+
+@dataclass
+class Session:
+    """One experiment being worked on: where its results go and what happened to it."""
+
+    experiment: Experiment
+    root: Path
+    tracking_uri: str = ""
+    warnings: list[str] = field(default_factory=list)
+    warn: Callable[[str], None] = lambda text: None
+    done: dict[str, StoredRun] = field(default_factory=dict)  # by key; a tracker that moves a run puts its new place here
+    offline: bool = False  # the tracking store cannot be reached; results stay in the spool
+
+    @property
+    def spool(self) -> Spool:
+        return Spool(self.root)
+
+    def warning(self, text: str) -> None:
+        """Said once, and kept."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.warn(text)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run with its key and those it builds on."""
+
+    spec: RunSpec
+    technique: Technique
+    key: str
+    dataset: Dataset | None
+    uses: tuple[Planned, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's result and how it came about."""
+
+    spec: RunSpec
+    run: StoredRun
+    how: Literal["computed", "reused"]
+
+    @property
+    def failed(self) -> bool:
+        return self.run.record.status == "failed"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Told to whoever shows progress: a run starts, gets on, or ends."""
+
+    kind: Literal["start", "step", "end"]
+    spec: RunSpec
+    number: int  # 1-based place among all runs
+    total: int
+    what: str = ""
+    done: int = 0
+    of: int = 0
+    outcome: Outcome | None = None
+
+
+Watch = Callable[[Event], None]
+
+
+class Runner:
+    """Runs an experiment. Models and datasets are loaded once each."""
+
+    def __init__(self, registry: Registry, plugins: Plugins, session: Session, use_cache: bool = True, watch: Watch | None = None) -> None:
+        self.registry, self.plugins, self.session = registry, plugins, session
+        self.use_cache, self.watch = use_cache, watch or (lambda event: None)
+        self._datasets: dict[str, Dataset] = {}
+        self._selected: dict[tuple[Any, ...], Dataset] = {}
+        self._hashes: dict[str, str] = {}
+        self._model: tuple[tuple[str, str], LoadedModel] | None = None
+
+    # -- planning ----------------------------------------------------------------------------------------------------
+
+    def plan(self, spec: RunSpec) -> Planned:
+        """Resolve names, selection and dependencies; needs no torch when weights and data are here."""
+        cls = self.plugins.technique(spec.technique)
+        technique = cls.build(spec.params)
+        entry = self.registry.model(spec.model)
+        dataset = self._select(spec, cls) if spec.dataset else None
+        uses = tuple(
+            self.plan(spec.model_copy(update={"technique": use.technique, "params": dict(use.params)})) for use in technique.uses()
+        )
+        if spec.model not in self._hashes:
+            self._hashes[spec.model] = weights_hash(spec.model, entry)
+        parts = {
+            "technique": [technique.name, technique.version],
+            "params": technique.key_params(),
+            "model": [entry.builder, entry.args, self._hashes[spec.model], entry.input.model_dump(mode="json"), entry.classes],
+            "dataset": dataset.fingerprint if dataset else None,
+            "seed": spec.seed,
+            "device": device_kind(spec.device).partition(":")[0],
+            "precision": spec.precision,
+            "harness": MINOR,
+            "uses": [u.key for u in uses],
+        }
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return Planned(spec, technique, key, dataset, uses)
+
+    def _select(self, spec: RunSpec, cls: type[Technique]) -> Dataset:
+        assert spec.dataset is not None
+        if spec.dataset not in self._datasets:
+            self._datasets[spec.dataset] = load_dataset(spec.dataset, self.registry)
+        limit = spec.limit
+        if limit is None and spec.select is None and "dataset" not in cls.needs:
+            limit = PICTURES
+        choice = (spec.dataset, limit, tuple(spec.select or ()))
+        if choice not in self._selected:
+            self._selected[choice] = self._datasets[spec.dataset].select(limit, spec.select)
+        return self._selected[choice]
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def run(self, experiment: Experiment) -> list[Outcome]:
+        """All runs, in order; what is finished already is reused, and a failure stops nothing else."""
+        self.session.spool.sweep()
+        planned = [self.plan(spec) for spec in experiment.runs]
+        outcomes = []
+        for number, plan in enumerate(planned, 1):
+            outcomes.append(self._one(plan, number, len(planned)))
+        self._tell("harness_experiment_finished", runs=[o.run for o in outcomes])
+        return outcomes
+
+    def find(self, key: str) -> StoredRun | None:
+        """A run of that key from this session, the spool or the store."""
+        if key in self.session.done:
+            return self.session.done[key]
+        found = self.session.spool.find(key)
+        if found is None and not self.session.offline:
+            for impl in reversed(self.plugins.manager.hook.harness_find_run.get_hookimpls()):
+                try:
+                    found = impl.function(session=self.session, key=key)
+                except HarnessError as error:
+                    self.session.offline = True
+                    self.session.warning(str(error))
+                if found is not None:
+                    break
+        return found
+
+    def _one(self, plan: Planned, number: int, total: int) -> Outcome:
+        self.watch(Event("start", plan.spec, number, total))
+        outcome = self._obtain(plan, number, total)
+        self.watch(Event("end", plan.spec, number, total, outcome=outcome))
+        return outcome
+
+    def _obtain(self, plan: Planned, number: int, total: int) -> Outcome:
+        if self.use_cache or plan.key in self.session.done:
+            found = self.find(plan.key)
+            if found is not None:
+                self.session.done[plan.key] = found
+                return Outcome(plan.spec, found, "reused")
+        used = [self._obtain(use, number, total) for use in plan.uses]
+        self._tell("harness_run_started", spec=plan.spec, key=plan.key)
+
+        def progress(what: str, done: int, of: int) -> None:
+            self.watch(Event("step", plan.spec, number, total, what, done, of))
+
+        record, result = self._compute(plan, used, progress)
+        run = self.session.spool.write(record, result.artifacts)
+        self.session.done[plan.key] = run
+        self._tell("harness_run_finished", spec=plan.spec, run=run)
+        return Outcome(plan.spec, self.session.done[plan.key], "computed")
+
+    def _tell(self, hook: str, **arguments: Any) -> None:
+        for error in self.plugins.call(hook, session=self.session, **arguments):
+            if isinstance(error, HarnessError):
+                self.session.offline = True
+                self.session.warning(str(error))
+            else:
+                self.session.warning(f"{hook}: {type(error).__name__}: {error}")
+
+    def _loaded(self, spec: RunSpec) -> LoadedModel:
+        from .models import load_model
+
+        device = device_kind(spec.device)
+        if self._model is None or self._model[0] != (spec.model, device):
+            self._model = None  # two large models need not fit side by side
+            self._model = ((spec.model, device), load_model(spec.model, self.registry, device))
+        return self._model[1]
+
+    def _compute(self, plan: Planned, used: Sequence[Outcome], progress: Callable[[str, int, int], None]) -> tuple[Record, Result]:
+        spec, technique = plan.spec, plan.technique
+        started, clock = datetime.now(UTC), time.perf_counter()
+        result, status, error, batch, selected = Result(), "finished", None, spec.max_batch, []
+        class_count = 0
+        with device_settings(spec.device, spec.precision) as facts:
+            try:
+                broken = next((u for u in used if u.run.record.status != "finished"), None)
+                if broken is not None:
+                    problem = broken.run.record.error.message if broken.run.record.error else broken.run.record.status
+                    kind = NotApplicable if broken.run.record.status == "not_applicable" else HarnessError
+                    raise kind(f"{broken.spec.technique}, which it builds on, has no result: {problem}")
+                model = self._loaded(spec)
+                class_count = len(model.classes)
+                ctx = self._context(plan, model, used, progress)
+                selected = list(ctx.ids)
+                _ = model.as_loaded
+                try:
+                    check_needs(technique, ctx)
+                    result = _with_inputs(_checked(technique.run(ctx)), ctx, "images" in technique.needs)
+                finally:
+                    batch = ctx.max_batch
+                    changed = model.changes()
+                    if changed:
+                        self._model = None
+                if changed:
+                    raise HarnessError(f"the technique left the model changed: {', '.join(changed)}")
+            except NotApplicable as reason:
+                result, status = Result(), "not_applicable"
+                error = ErrorFacts(type="NotApplicable", message=str(reason))
+            except Exception as problem:
+                result, status = Result(), "failed"
+                bad_input = isinstance(problem, ConfigError)
+                message = str(problem) if isinstance(problem, HarnessError) else f"{type(problem).__name__}: {problem}"
+                error = ErrorFacts(type=type(problem).__name__, message=message, traceback=traceback.format_exc(), bad_input=bad_input)
+            memory = peak_memory(facts.kind)
+        seconds = time.perf_counter() - clock
+        record = Record(
+            run_id=uuid.uuid4().hex,
+            key=plan.key,
+            status=_status(status),
+            experiment=self.session.experiment.name,
+            spec=spec.model_dump(mode="json"),
+            technique=self._technique_facts(technique),
+            params=technique.key_params(),
+            model=self._model_facts(spec.model, class_count),
+            dataset=self._dataset_facts(plan, selected),
+            seed=spec.seed,
+            device=facts.as_dict(),
+            batch=batch,
+            started=started.isoformat(timespec="seconds"),
+            seconds=round(seconds, 3),
+            peak_memory_bytes=memory,
+            versions=versions(),
+            git=git_state(),
+            uses=[u.run.record.key for u in used],
+            metrics=[
+                MetricValue(
+                    name=m.name, value=_number(m.value), unit=m.unit, better=m.better,
+                    per_image=[_number(v) for v in m.per_image], about=m.about,
+                )
+                for m in result.metrics
+            ],
+            notes=list(result.notes),
+            error=error,
+        )  # fmt: skip
+        return record, result
+
+    def _context(self, plan: Planned, model: LoadedModel, used: Sequence[Outcome], progress: Callable[[str, int, int], None]) -> Any:
+        import torch
+
+        from .context import Context, to_images
+
+        needs, dataset = plan.technique.needs, plan.dataset
+        images = labels = None
+        ids: list[str] = []
+        if dataset is not None:
+            found = dataset.labels_for(model.classes)
+            if found is not None:
+                labels = torch.from_numpy(found).to(model.device)
+            ids = list(dataset.ids)
+            if "images" in needs:
+                images = to_images(dataset.pictures(model.input), model.device, model.dtype)
+        return Context(
+            model,
+            images=images,
+            labels=labels,
+            ids=ids,
+            dataset=dataset,
+            technique=plan.technique.name,
+            target=getattr(plan.technique, "target", "predicted"),
+            seed=plan.spec.seed,
+            max_batch=plan.spec.max_batch,
+            results={u.spec.technique: u.run.all_artifacts() for u in used},
+            progress=progress,
+        )
+
+    # -- facts -------------------------------------------------------------------------------------------------------
+
+    def _technique_facts(self, technique: Technique) -> TechniqueFacts:
+        origin = self.plugins.offers("techniques")[technique.name][1]
+        paper = technique.paper
+        return TechniqueFacts(
+            name=technique.name,
+            family=technique.family,
+            version=technique.version,
+            distribution=origin.distribution,
+            distribution_version=origin.version,
+            summary=technique.summary(),
+            reading=technique.reading,
+            caveats=technique.caveats,
+            paper={"authors": paper.authors, "year": paper.year, "title": paper.title, "url": paper.url} if paper else None,
+        )
+
+    def _model_facts(self, name: str, classes: int) -> ModelFacts:
+        entry = self.registry.model(name)
+        return ModelFacts(
+            name=name,
+            builder=entry.builder,
+            weights=self._hashes[name],
+            source=entry.weights,
+            license=entry.license,
+            input=entry.input.model_dump(mode="json"),
+            classes=classes,
+        )
+
+    def _dataset_facts(self, plan: Planned, selected: Sequence[str]) -> DatasetFacts | None:
+        if plan.dataset is None or plan.spec.dataset is None:
+            return None
+        entry = self.registry.dataset(plan.spec.dataset)
+        per_picture = "images" in plan.technique.needs
+        return DatasetFacts(
+            name=plan.spec.dataset,
+            fingerprint=plan.dataset.fingerprint,
+            pictures=len(plan.dataset),
+            selected=list(selected) if per_picture else [],
+            license=entry.license,
+            source=entry.source.partition(":")[0],
+        )
+
+
+def _status(text: str) -> Status:
+    return text  # type: ignore[return-value]
+
+
+def _number(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None  # NaN compares false
+
+
+def _checked(result: Any) -> Result:
+    if not isinstance(result, Result):
+        raise TypeError(f"run(ctx) must return a Result, not a {type(result).__name__}")
+    return result
+
+
+def _with_inputs(result: Result, ctx: Any, wanted: bool) -> Result:
+    """The pictures a technique looked at belong to its record: maps are drawn over them."""
+    if not wanted:
+        return result
+    names = [f"{i}: {ctx.model.class_name(c)}" for i, c in zip(ctx.ids, ctx.labels.tolist(), strict=True)] if ctx.labels is not None else ctx.ids
+    inputs = Images(INPUTS, ctx.images, captions=names, caption="The pictures as the model takes them.")
+    return replace(result, artifacts=[*result.artifacts, inputs])
+
+
+def check_needs(technique: Technique, ctx: Any) -> None:
+    """NotApplicable, in words, when the model or the data lacks what the technique needs."""
+    import torch
+
+    model, needs = ctx.model, technique.needs
+    if "classifier" in needs:
+        _ = model.class_count  # raises NotApplicable itself
+    if "labels" in needs and ctx.labels is None:
+        raise NotApplicable("needs pictures whose labels are classes of this model")
+    kinds = {"conv": torch.nn.Conv2d, "linear": torch.nn.Linear}
+    for need, kind in kinds.items():
+        if need in needs and not any(isinstance(m, kind) for m in model.modules.values()):
+            raise NotApplicable(f"needs a model with {'convolutions' if need == 'conv' else 'a linear layer'}")
+
+
+@cache
+def versions() -> Mapping[str, str]:
+    """Installed versions of what results depend on."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in _RECORDED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def git_state() -> dict[str, Any]:
+    """Commit of the repository the command was given in, and whether it has changes; empty outside of one."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 all fine, 1 some run failed, 2 where bad input was the cause."""
+    failed = [o.run.record.error for o in outcomes if o.failed]
+    if any(e is not None and e.bad_input for e in failed):
+        return 2
+    return 1 if failed else 0

@@ -1,0 +1,128 @@
+"""What is explained, reduced to one number a picture.
+
+    predicted | labelled | CLASS NAME | CLASS INDEX        the class score (logit), unnormalised
+    layer:NAME                                             half the squared norm of a layer
+    channel:NAME:C                                         mean of channel C of a layer
+    neuron:NAME:C,Y,X (or C for a vector)                  one unit of a layer
+    path.to:function                                       function(logits (n, K)) -> (n,)
+
+A list gives each picture its own class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, NotApplicable
+from .technique import TargetSpec
+
+if TYPE_CHECKING:
+    from .models import LoadedModel
+
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """A scalar of the model's answer for each picture; `labels` name it, one a picture."""
+
+    labels: tuple[str, ...]
+    classes: Tensor | None = None  # (N,) class indices
+    layer: str | None = None
+    unit: tuple[int, ...] = ()  # () whole layer, (C,) channel, (C, Y, X) neuron
+    single: bool = False  # `unit` names one unit, not a channel
+    function: Callable[[Tensor], Tensor] | None = None
+
+    def output(self, model: LoadedModel, images: Tensor) -> Tensor:
+        """What the target looks at: logits (n, K), or its layer's activations; the pass ends there."""
+        return model(images) if self.layer is None else model.activations(images, [self.layer])[self.layer]
+
+    def score(self, output: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """(n,) scores; `rows` says which picture each of the n outputs belongs to."""
+        if self.function is not None:
+            return self.function(output)
+        if self.classes is not None:
+            return output.gather(1, self.classes[rows].unsqueeze(1)).squeeze(1)
+        if not self.unit:
+            return output.flatten(1).square().sum(1) / 2
+        if self.single:
+            return output[(slice(None), *self.unit)]
+        return output[:, self.unit[0]].flatten(1).mean(1)
+
+    def probability(self, output: Tensor, rows: Rows = slice(None)) -> Tensor | None:
+        """(n,) softmax probability of the class, or None where the target is not a class."""
+        if self.classes is None:
+            return None
+        return output.softmax(1).gather(1, self.classes[rows].unsqueeze(1)).squeeze(1)
+
+
+def resolve(
+    spec: TargetSpec,
+    model: LoadedModel,
+    count: int,
+    predicted: Callable[[], Tensor],
+    labels: Tensor | None,
+) -> Target:
+    """The target a specification names, for `count` pictures; unknown names get the nearest ones."""
+    if isinstance(spec, list):
+        if len(spec) != count:
+            raise ConfigError(f"target: {len(spec)} targets for {count} pictures")
+        return _classes(model, [_class(s, model, predicted, labels, i) for i, s in enumerate(spec)])
+    text = str(spec)
+    kind, _, rest = text.partition(":")
+    if text == "predicted":
+        return _classes(model, predicted())
+    if text == "labelled":
+        if labels is None:
+            raise NotApplicable("target 'labelled' needs labels that are classes of this model")
+        return _classes(model, labels)
+    if kind in ("layer", "channel", "neuron") and rest:
+        return _inner(kind, rest, model, count)
+    if ":" in text and text not in model.classes:
+        return _function(text, count)
+    return _classes(model, [model.class_index(spec)] * count)
+
+
+def _class(spec: str | int, model: LoadedModel, predicted: Callable[[], Tensor], labels: Tensor | None, i: int) -> int:
+    if spec == "predicted":
+        return int(predicted()[i])
+    if spec == "labelled":
+        if labels is None:
+            raise NotApplicable("target 'labelled' needs labels that are classes of this model")
+        return int(labels[i])
+    return model.class_index(spec)
+
+
+def _classes(model: LoadedModel, indices: Sequence[int] | Tensor) -> Target:
+    classes = torch.as_tensor(indices, dtype=torch.int64, device=model.device)
+    return Target(tuple(model.class_name(i) for i in classes.tolist()), classes)
+
+
+def _inner(kind: str, rest: str, model: LoadedModel, count: int) -> Target:
+    layer, _, place = (rest, "", "") if kind == "layer" else rest.rpartition(":")
+    if kind != "layer" and not (layer and place):
+        raise ConfigError(f"target '{kind}:{rest}': write {kind}:LAYER:{'C' if kind == 'channel' else 'C,Y,X'}")
+    shape = model.layer_shape(layer)
+    try:
+        unit = tuple(int(p) for p in place.split(",")) if place else ()
+    except ValueError:
+        raise ConfigError(f"target '{kind}:{rest}': {place!r} is not made of whole numbers") from None
+    wanted = {"layer": 0, "channel": 1, "neuron": len(shape)}[kind]
+    if len(unit) != wanted or any(not 0 <= u < n for u, n in zip(unit, shape, strict=False)):
+        raise ConfigError(f"target '{kind}:{rest}': layer {layer!r} has shape {' x '.join(map(str, shape))}, counted from 0")
+    return Target((f"{kind} {rest}",) * count, layer=layer, unit=unit, single=kind == "neuron")
+
+
+def _function(path: str, count: int) -> Target:
+    module, _, name = path.partition(":")
+    try:
+        function: Any = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"target {path!r}: {error}; write path.to:function, a class name or an index") from None
+    return Target((path,) * count, function=function)

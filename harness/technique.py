@@ -1,0 +1,157 @@
+"""A technique: a frozen set of parameters and `run(ctx) -> Result`.
+
+The fields of a Technique are at once its command-line options, its YAML schema, its documentation and its logged
+parameters. A class is final: share code by passing functions, not by subclassing a technique.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from .artifacts import Artifact
+    from .context import Context
+
+Param = Field
+SLUG = re.compile(r"[a-z][a-z0-9_]*")
+
+# What a technique may ask of the model and the data. The runner answers "not applicable" where it is missing.
+Need = Literal["images", "dataset", "labels", "classifier", "conv", "linear", "style_images"]
+
+# What is explained: "predicted", "labelled", a class index or name, "layer:NAME", "channel:LAYER:C",
+# "neuron:LAYER:C,Y,X", "path.to:callable"; or a list with one of these for each picture.
+TargetSpec = str | int | list[str | int]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a technique comes from; `arxiv` or `doi` without the address in front."""
+
+    authors: str
+    year: int
+    title: str
+    arxiv: str = ""
+    doi: str = ""
+
+    @property
+    def url(self) -> str:
+        if self.arxiv:
+            return f"https://arxiv.org/abs/{self.arxiv}"
+        return f"https://doi.org/{self.doi}" if self.doi else ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured number. `better` says which direction is; `per_image` holds what `value` is the mean of."""
+
+    name: str
+    value: float
+    unit: str = ""
+    better: Literal["higher", "lower", ""] = ""
+    per_image: Sequence[float] = ()
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_.]*", self.name):
+            raise ValueError(f"metric name {self.name!r} is not lower-case letters, digits, '_' and '.'")
+        object.__setattr__(self, "value", float(self.value))
+        object.__setattr__(self, "per_image", tuple(float(v) for v in self.per_image))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `run` returns: artifacts, metrics, and plain sentences a reader must know (`notes`)."""
+
+    artifacts: Sequence[Artifact] = ()
+    metrics: Sequence[Metric] = ()
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for kind, items in (("artifact", self.artifacts), ("metric", self.metrics)):
+            names = [item.name for item in items]
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"two {kind}s are named {', '.join(twice)}")
+
+
+@dataclass(frozen=True)
+class Use:
+    """Another technique's result to build on: the runner computes it first, or takes it from the store."""
+
+    technique: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Technique(BaseModel):
+    """Base of all techniques. Write `name`, a docstring, fields made with Param, and `run`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    version: ClassVar[int] = 1  # raised whenever the numbers a run gives change
+    paper: ClassVar[Paper | None] = None
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    reading: ClassVar[str] = ""  # how to read the picture
+    caveats: ClassVar[str] = ""  # what it does not show
+    # Parameters of its run in an audit of that profile; without an entry it is not part of the profile.
+    audit: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        where = f"technique {cls.__module__}.{cls.__qualname__}"
+        if cls.__bases__ != (Technique,):
+            raise TypeError(f"{where}: a technique is final; share functions instead of subclassing {cls.__bases__[0].__name__}")
+        if not SLUG.fullmatch(cls.name):
+            raise TypeError(f"{where}: `name` must be a slug like 'integrated_gradients', not {cls.name!r}")
+        if not cls.__dict__.get("__doc__"):
+            raise TypeError(f"{where}: a docstring that says what it computes is missing")
+        undocumented = [n for n, f in cls.model_fields.items() if not f.description]
+        if undocumented:
+            raise TypeError(f"{where}: parameter {', '.join(undocumented)} has no description; declare it with Param(...)")
+
+    def run(self, ctx: Context) -> Result:
+        raise NotImplementedError(f"{type(self).__name__} does not define run(ctx)")
+
+    def uses(self) -> Sequence[Use]:
+        """Results of other techniques, found under `ctx.results[technique name]`."""
+        return ()
+
+    def key_params(self) -> dict[str, Any]:
+        """The parameters as plain JSON values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def summary(cls) -> str:
+        return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+
+    @classmethod
+    def build(cls, params: Mapping[str, Any], where: str = "") -> Technique:
+        """Validated parameters, or a ConfigError with one line a problem."""
+        try:
+            return cls.model_validate(dict(params))
+        except ValidationError as error:
+            prefix = f"{where}: " if where else ""
+            lines = [f"{prefix}{cls.name}.{describe(e, cls.model_fields)}" for e in error.errors(include_url=False)]
+            raise ConfigError("\n".join(lines)) from None
+
+
+def describe(error: Mapping[str, Any], known: Mapping[str, Any] | Sequence[str]) -> str:
+    """One pydantic error in words: 'key: what is wrong, and what was given'."""
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        hint = did_you_mean(error["loc"][-1], known) or (f"; there is {', '.join(sorted(known))}" if known else "")
+        return f"{location}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{location}: missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = repr(error["input"])
+    return f"{location}: {message[:1].lower()}{message[1:]}, not {given if len(given) <= 60 else given[:57] + '...'}"

@@ -1,0 +1,211 @@
+"""The rules that every technique keeps, as checks that anybody can run against their own.
+
+`check_technique(MyTechnique)` runs it on a small network and real digits and gives back what is wrong, in sentences.
+It finds what no GPU is needed to find: a tensor made without a device is reported here and would fail there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .artifacts import Artifact
+from .context import Context, to_images
+from .datasets import Dataset, load_dataset
+from .errors import ConfigError, HarnessError, NotApplicable
+from .models import LoadedModel, load_model
+from .plugins import load_plugins
+from .registry import load_registry
+from .runner import check_needs
+from .technique import Result, Technique
+
+FACTORIES = (
+    "arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
+    "as_tensor", "from_numpy",
+)  # fmt: skip
+DRAWS = ("rand", "randint", "randn", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "multinomial")
+
+
+class DeviceGuard(TorchFunctionMode):
+    """Notes tensors made without an explicit device, which on a GPU would land on the CPU, and draws without a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problems: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        ours = self._caller()
+        if ours and name in FACTORIES and name not in ("as_tensor", "from_numpy") and kwargs.get("device") is None:
+            self.problems.append(f"torch.{name} without device= at {ours}")
+        if ours and name in DRAWS and kwargs.get("generator") is None:
+            self.problems.append(f"torch.{name} without generator= at {ours}; use ctx.draws() or ctx.randn_like()")
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _caller() -> str:
+        """file:line of the code that called torch; empty when torch itself did."""
+        frame = inspect.currentframe()
+        frame = frame.f_back.f_back if frame and frame.f_back else None
+        if frame is None:
+            return ""
+        path = frame.f_code.co_filename
+        return "" if "/torch/" in path or "/torchvision/" in path else f"{path.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+
+
+@contextmanager
+def global_seeds(seed: int) -> Iterator[Callable[[], bool]]:
+    """Set the global generators; the function given says whether they are still as set. They return at the end."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # the global generator is what is watched
+    torch.manual_seed(seed)
+    mine = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[union-attr]
+
+    def untouched() -> bool:
+        now = np.random.get_state()[1]  # type: ignore[index]
+        return random.getstate() == mine[0] and np.array_equal(now, mine[1]) and torch.equal(torch.get_rng_state(), mine[2])
+
+    try:
+        yield untouched
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
+def small_dataset(count: int = 12) -> Dataset:
+    """Some of the digits, all classes among them."""
+    return load_dataset("digits", load_registry()).select(indices=range(count))
+
+
+def run_once(
+    technique: Technique,
+    model: LoadedModel,
+    dataset: Dataset,
+    seed: int = 0,
+    max_batch: int = 4,
+) -> Result:
+    """Run a technique as the runner would, with what it uses, but without a store."""
+    results: dict[str, Mapping[str, Artifact]] = {}
+    for use in technique.uses():
+        other = load_plugins().technique(use.technique).build(use.params)
+        found = run_once(other, model, dataset, seed, max_batch)
+        results[use.technique] = {a.name: a for a in found.artifacts}
+    labels = dataset.labels_for(model.classes)
+    ctx = Context(
+        model,
+        images=to_images(dataset.pictures(model.input), model.device, model.dtype) if "images" in technique.needs else None,
+        labels=None if labels is None else torch.from_numpy(labels).to(model.device),
+        ids=dataset.ids,
+        dataset=dataset,
+        technique=technique.name,
+        target=getattr(technique, "target", "predicted"),
+        seed=seed,
+        max_batch=max_batch,
+        results=results,
+    )
+    check_needs(technique, ctx)
+    return technique.run(ctx)
+
+
+def same(a: Result, b: Result, rtol: float = 0.0, atol: float = 0.0) -> bool:
+    """Whether two results hold the same arrays and metrics."""
+    if [x.name for x in a.artifacts] != [x.name for x in b.artifacts] or [m.name for m in a.metrics] != [m.name for m in b.metrics]:
+        return False
+    for x, y in zip(a.artifacts, b.artifacts, strict=True):
+        (mx, ax), (my, ay) = x.parts(), y.parts()
+        if ax.keys() != ay.keys() or (atol == rtol == 0 and json.dumps(mx, default=str) != json.dumps(my, default=str)):
+            return False
+        if not all(np.allclose(ax[k], ay[k], rtol=rtol, atol=atol) if ax[k].dtype.kind in "fc" else np.array_equal(ax[k], ay[k]) for k in ax):
+            return False
+    return all(np.isclose(x.value, y.value, rtol=rtol, atol=atol) for x, y in zip(a.metrics, b.metrics, strict=True))
+
+
+def check_technique(cls: type[Technique], model_name: str = "digits_cnn", params: Mapping[str, Any] | None = None) -> list[str]:
+    """What is wrong with a technique; an empty list when it keeps the rules.
+
+    Documented; parameters survive JSON and unknown ones are refused; the same seed gives the same result whatever the
+    global generators hold, which stay untouched; the model is left as found; tensors are made on the device asked for;
+    a result's artifacts survive being stored; the batch size changes nothing but rounding.
+    """
+    problems: list[str] = []
+    params = dict(params or {})
+    for wanted, text in (("reading", "how to read the result"), ("family", "its family")):
+        if not getattr(cls, wanted):
+            problems.append(f"`{wanted}` is missing: say {text}")
+    try:
+        technique = cls.build(params)
+    except ConfigError as error:
+        return [*problems, f"its defaults are refused: {error}"]
+    if cls.model_validate_json(technique.model_dump_json()) != technique:
+        problems.append("parameters do not survive JSON")
+    try:
+        cls.build({**params, "no_such_parameter": 1})
+    except ConfigError:
+        pass
+    else:
+        problems.append("an unknown parameter is accepted")
+
+    model, dataset = load_model(model_name, load_registry()), small_dataset()
+    _ = model.as_loaded
+    guard = DeviceGuard()
+    try:
+        with global_seeds(1) as untouched:
+            with guard:
+                first = run_once(technique, model, dataset)
+            if not untouched():
+                problems.append("it draws from the global random generators; use ctx.draws()")
+        with global_seeds(2):
+            again = run_once(technique, model, dataset)
+        larger = run_once(technique, model, dataset, max_batch=32)
+    except NotApplicable as reason:
+        return [*problems, f"it cannot be checked on {model_name}: {reason}"]
+    except HarnessError as error:
+        return [*problems, f"it fails on {model_name} with digits: {error}"]
+    except Exception as error:  # whatever somebody's technique raises is a finding
+        return [*problems, f"it fails on {model_name} with digits: {type(error).__name__}: {error}"]
+    if not isinstance(first, Result):
+        return [*problems, f"run(ctx) returned a {type(first).__name__}, not a Result"]
+    if not first.artifacts and not first.metrics:
+        problems.append("its result is empty")
+    if not same(first, again):
+        problems.append("two runs with the same seed differ")
+    if not same(first, larger, rtol=1e-3, atol=1e-4):
+        problems.append("its result depends on max_batch")
+    problems += [f"it left the model changed: {what}" for what in model.changes()]
+    problems += sorted(set(guard.problems))
+    problems += _survives(first.artifacts)
+    return problems
+
+
+def _survives(found: Sequence[Artifact]) -> list[str]:
+    import tempfile
+    from pathlib import Path
+
+    from .artifacts import load
+
+    problems = []
+    with tempfile.TemporaryDirectory() as folder:
+        for artifact in found:
+            path = Path(folder) / f"{artifact.name}.npz"
+            try:
+                artifact.save(path)
+                back = load(path)
+            except (TypeError, ValueError, KeyError) as error:
+                problems.append(f"artifact {artifact.name!r} cannot be stored: {error}")
+                continue
+            if not same(Result([artifact]), Result([back])):
+                problems.append(f"artifact {artifact.name!r} changes when it is stored")
+    return problems
+
+

@@ -1,0 +1,15 @@
+"""Which pixels matter: techniques that give each pixel of a picture a share in a model's answer."""
+
+from __future__ import annotations
+
+from harness import Technique, hookimpl
+
+from .occlusion import Occlusion
+from .saliency import Saliency
+
+__all__ = ["Occlusion", "Saliency"]
+
+
+@hookimpl
+def harness_techniques() -> list[type[Technique]]:
+    return [Occlusion, Saliency]

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import model_validator
+
+from harness import ConfigError, Heatmaps, Metric, Paper, Param, Result, TargetSpec, Technique
+
+from .measures import captions, zero_notes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness import Context
+
+Convention = Literal["mean", "xplique", "zennit"]
+
+
+class Occlusion(Technique):
+    """Drop of the score when a window of the picture is covered, map(i, j) = mean over windows covering (i, j) of f(x) - f(x covered) (Zeiler & Fergus 2014, arXiv:1311.2901, sec. 4.2).
+
+    High means important. The last window of a row is cut at the edge, so that every pixel is covered. Convention
+    'xplique' sums instead and leaves no partial windows; 'zennit' keeps only the window, covers the rest and sums the raw
+    score. Cost: one forward pass a window and one for the picture.
+    """
+
+    name = "occlusion"
+    family = "saliency"
+    paper = Paper("Zeiler, Fergus", 2014, "Visualizing and Understanding Convolutional Networks", arxiv="1311.2901")
+    needs = frozenset({"images"})
+    reading = (
+        "Red regions lower the score when they are covered: the model used them. Blue regions raise it: they spoke against the "
+        "class. The scale says by how much."
+    )
+    caveats = (
+        "A covered picture is unlike what the model was trained on, and the colour of the cover matters. Two regions that can "
+        "stand in for one another both look unimportant. Nothing smaller than the window is resolved."
+    )
+    audit = {"quick": {"window": 48, "stride": 24}, "standard": {"window": 32, "stride": 16}, "full": {"window": 32, "stride": 8}}
+
+    target: TargetSpec = Param("predicted", description="what is explained: predicted, labelled, a class, layer:NAME, channel:NAME:C, neuron:NAME:C,Y,X")
+    window: int = Param(32, ge=1, description="side of the covered square, in pixels")
+    stride: int = Param(16, ge=1, description="distance between neighbouring windows, in pixels; at most the window")
+    baseline: Literal["grey", "mean", "black", "white", "blur", "noise"] = Param(
+        "grey", description="what the window is covered with: 0.5, the picture's mean colour, 0, 1, a blurred copy, uniform noise"
+    )
+    convention: Convention = Param("mean", description="how overlapping windows join: mean over them (ours, captum's), or as xplique or zennit do")
+
+    @model_validator(mode="after")
+    def _covered(self) -> Occlusion:
+        if self.stride > self.window:
+            raise ValueError(f"stride {self.stride} leaves gaps between windows of {self.window}; make it at most the window")
+        return self
+
+    def run(self, ctx: Context) -> Result:
+        found = self.measure(ctx)
+        maps = spread(found.drops, found.masks, self.convention)
+        unit = "score" if self.convention == "zennit" else "drop of the score"
+        texts = captions(ctx)
+        artifacts = [Heatmaps("occlusion", maps, captions=texts, signed=True, unit=unit)]
+        metrics = []
+        if found.lost is not None and found.chance is not None:
+            lost = spread(found.lost, found.masks, self.convention)
+            artifacts.append(Heatmaps("occlusion_probability", lost, captions=texts, signed=True, unit="drop of the probability"))
+            largest = found.lost.amax(1)
+            about = "largest drop of the class probability that one covered window causes"
+            metrics.append(Metric("largest_drop", float(largest.mean()), per_image=largest.tolist(), about=about))
+            survives = (largest <= found.chance / 2).to(largest.dtype)
+            about = "share of pictures whose class probability no single window halves"
+            metrics.append(Metric("robust_share", float(survives.mean()), per_image=survives.tolist(), about=about))
+        return Result(artifacts, metrics, zero_notes(maps, ctx.ids))
+
+    def measure(self, ctx: Context) -> Measured:
+        """Every window's effect on every picture, in the model's own precision."""
+        import torch
+
+        x, target, model = ctx.images, ctx.target, ctx.model  # (N, C, H, W)
+        height, width = x.shape[2:]
+        if self.window > min(height, width):
+            raise ConfigError(f"occlusion.window: {self.window} pixels do not fit a picture of {height} x {width}")
+        cover = baseline(ctx, self.baseline)
+        boxes = windows(height, width, self.window, self.stride, self.convention)
+        masks = torch.zeros((len(boxes), height, width), device=x.device, dtype=torch.bool)
+        for mask, (top, bottom, left, right) in zip(masks, boxes, strict=True):
+            mask[top:bottom, left:right] = True
+        hidden = ~masks if self.convention == "zennit" else masks
+        total = len(x) * len(boxes)
+
+        def clean(rows: slice) -> tuple[Tensor, Tensor | None]:
+            output = target.output(model, x[rows])
+            return target.score(output, rows), target.probability(output, rows)
+
+        def covered(rows: slice) -> tuple[Tensor, Tensor | None]:
+            """Scores of covered copies number rows.start to rows.stop, counted picture by picture."""
+            number = torch.arange(rows.start, rows.stop, device=x.device)
+            picture, box = number // len(boxes), number % len(boxes)
+            output = target.output(model, torch.where(hidden[box].unsqueeze(1), cover[picture], x[picture]))
+            ctx.report("windows", rows.stop, total)
+            return target.score(output, picture), target.probability(output, picture)
+
+        with torch.no_grad():
+            score, chance = _joined(ctx.batched(len(x), clean))
+            scores, chances = (v if v is None else v.view(len(x), len(boxes)) for v in _joined(ctx.batched(total, covered)))
+        assert score is not None and scores is not None
+        if self.convention == "zennit":
+            return Measured(masks, scores, None, chance)
+        return Measured(masks, score[:, None] - scores, None if chance is None or chances is None else chance[:, None] - chances, chance)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What covering did: masks (windows, H, W); drops and lost probability (N, windows); clean probability (N,)."""
+
+    masks: Tensor
+    drops: Tensor
+    lost: Tensor | None
+    chance: Tensor | None
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
+    import torch
+
+    scores, chances = zip(*parts, strict=True)
+    return torch.cat(scores), None if chances[0] is None else torch.cat(chances)
+
+
+def windows(height: int, width: int, window: int, stride: int, convention: Convention = "mean") -> list[tuple[int, int, int, int]]:
+    """(top, bottom, left, right) of each window, row by row; the last may be cut at the edge."""
+
+    def starts(size: int) -> list[int]:
+        if convention == "mean":
+            return list(range(0, max(0, -(-(size - window) // stride)) * stride + 1, stride))
+        if convention == "zennit" and size % stride:
+            raise ConfigError(f"occlusion.convention: zennit's windows need a stride that divides the picture's {size} pixels")
+        return list(range(0, size - window + 1, stride))
+
+    return [(y, min(y + window, height), x, min(x + window, width)) for y in starts(height) for x in starts(width)]
+
+
+def spread(values: Tensor, masks: Tensor, convention: Convention) -> Tensor:
+    """(N, windows) values on (windows, H, W) masks -> (N, H, W): the mean over covering windows, or their sum."""
+    shape = (values.shape[0], *masks.shape[1:])
+    flat = masks.flatten(1).to(values.dtype)
+    total = (values @ flat).view(shape)
+    if convention != "mean":
+        return total
+    return total / flat.sum(0).clamp_min(1).view(1, *masks.shape[1:])
+
+
+def baseline(ctx: Context, kind: str) -> Tensor:
+    """What windows are covered with, one picture each (N, C, H, W)."""
+    import torch
+
+    x = ctx.images
+    if kind == "mean":
+        return x.mean((2, 3), keepdim=True).expand_as(x)
+    if kind == "blur":
+        from harness.optimise import gaussian_blur
+
+        return gaussian_blur(x, x.shape[-1] / 20)
+    if kind == "noise":
+        return ctx.draws(stream="baseline").rand(x.shape[1:])
+    return torch.full_like(x, {"grey": 0.5, "black": 0.0, "white": 1.0}[kind])

@@ -1,0 +1,162 @@
+"""Every renderer draws every kind of artifact, escapes every text, and gives the same bytes twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from harness import Arrays, Curve, Heatmaps, Images, Scatter, Table
+from harness.artifacts import KINDS
+from harness.plugins import load_plugins
+from harness.record import DatasetFacts, ErrorFacts, MetricValue, ModelFacts, Record, ReportInput, Spool, TechniqueFacts
+
+EVIL = "<script>alert('x')</script>&\"--> $x$"
+
+
+def artifacts():
+    rng = np.random.default_rng(0)
+    photo = rng.random((3, 3, 70, 80), dtype=np.float32)
+    return [
+        Images("inputs", photo, captions=[EVIL] * 3),
+        Images("tiny", rng.random((5, 1, 8, 8)), columns=3, exact=True, caption=EVIL),
+        Images("one", photo[:1]),
+        Heatmaps("plain", rng.random((3, 70, 80)), captions=[EVIL] * 3, unit=EVIL),
+        Heatmaps("signed", rng.normal(size=(2, 70, 80)), signed=True, over=[0, 2], shared_scale=True),
+        Heatmaps("zero", np.zeros((3, 70, 80))),
+        Heatmaps("coarse", rng.random((3, 7, 7))),
+        Curve("curve", [1, 2, 3], {EVIL: [1, 2, 3], "b": [3, 2, 1]}, EVIL, EVIL, log_x=True),
+        Scatter("scatter", rng.random((9, 2)), group=[0, 1, 2] * 3, groups=["a", EVIL, "c"], x_label=EVIL),
+        Table("table", ["name", EVIL], [[EVIL, None], ["b", 1.5], ["c", True]]),
+        Table("long", ["i"], [[i] for i in range(100)]),
+        Arrays("arrays", {"x": rng.random(4)}),
+    ]
+
+
+def record(**change):
+    values = {
+        "run_id": "0" * 32, "key": "a" * 64, "status": "finished", "seed": 3, "started": "2026-01-02T03:04:05+00:00",
+        "spec": {"model": EVIL, "technique": "t", "dataset": EVIL, "params": {"p": EVIL}},
+        "technique": TechniqueFacts(
+            name="t", summary=EVIL, reading=EVIL, caveats=EVIL, paper={"authors": EVIL, "year": 1, "title": EVIL, "url": "https://example.org/?a=1&b"}
+        ),
+        "params": {"p": EVIL}, "model": ModelFacts(name=EVIL, builder=EVIL, weights="f" * 64, license=EVIL),
+        "dataset": DatasetFacts(name=EVIL, fingerprint="b" * 64, pictures=3), "device": {"kind": "cpu", "name": EVIL},
+        "versions": {"torch": EVIL}, "git": {"commit": EVIL, "dirty": True}, "notes": [EVIL],
+        "metrics": [MetricValue(name="m", value=0.5, per_image=[0.4, 0.6], about=EVIL, better="higher"), MetricValue(name="n", value=None)],
+    }  # fmt: skip
+    return Record(**{**values, **change})
+
+
+@pytest.fixture
+def report(tmp_path):
+    spool = Spool(tmp_path)
+    good = spool.write(record(), artifacts())
+    other = spool.write(record(run_id="1" * 32, model=ModelFacts(name="other", builder="b", weights="random:0")), artifacts())
+    bad = spool.write(
+        record(run_id="2" * 32, status="failed", model=ModelFacts(name="third", builder="b", weights="w"), error=ErrorFacts(type="E", message=EVIL, traceback=EVIL)), []
+    )
+    absent = spool.write(
+        record(run_id="3" * 32, status="not_applicable", model=ModelFacts(name="fourth", builder="b", weights="w"), error=ErrorFacts(type="N", message=EVIL)), []
+    )
+    return ReportInput(EVIL, "name", [good, other, bad, absent], EVIL, [EVIL])
+
+
+RENDERERS = list(load_plugins().offers("renderers"))
+
+
+def test_the_example_has_every_kind():
+    assert {a.kind for a in artifacts()} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_the_same_runs_give_the_same_bytes(name, report, plugins, tmp_path):
+    first, second = (plugins.get("renderers", name).render(report, tmp_path / sub).read_bytes() for sub in ("a", "b"))
+    assert first == second
+    assert len(first) > 1000
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_a_folder_that_cannot_be_written_gets_no_half_report(name, report, plugins, tmp_path):
+    from harness.errors import StorageError
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        plugins.get("renderers", name).render(report, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_a_full_disk_leaves_no_half_report(name, report, plugins, tmp_path, monkeypatch):
+    import errno
+    from pathlib import Path
+
+    from harness.errors import StorageError
+
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(StorageError, match="No space left"):
+        plugins.get("renderers", name).render(report, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_html_is_one_safe_file(report, plugins, tmp_path):
+    text = plugins.get("renderers", "html").render(report, tmp_path).read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "default-src 'none'" in text
+    assert 'src="data:image/webp' in text
+    assert 'src="http' not in text
+    assert text.count("<h1>") == 1
+    assert "failed" in text
+    assert "not applicable" in text
+    assert "first 25 of 100 rows" in text
+    assert "zero everywhere" in text
+
+
+def test_every_picture_in_the_html_has_a_text_and_a_size(report, plugins, tmp_path):
+    import re
+
+    text = plugins.get("renderers", "html").render(report, tmp_path).read_text()
+    pictures = re.findall(r"<img [^>]*>", text)
+    assert len(pictures) > 20
+    assert all('alt="' in p and 'alt=""' not in p for p in pictures)
+
+
+def test_pdf_is_tagged_and_holds_the_text(report, plugins, tmp_path):
+    from pypdf import PdfReader
+
+    pdf = PdfReader(plugins.get("renderers", "pdf").render(report, tmp_path))
+    assert "/StructTreeRoot" in pdf.trailer["/Root"]
+    assert pdf.trailer["/Root"]["/Lang"] == "en"
+    assert len(pdf.outline) > 2
+    text = " ".join(page.extract_text() for page in pdf.pages)
+    assert "not applicable" in text
+    assert "<script>" in text  # as text on the page
+    fonts = {str(f["/BaseFont"]) for page in pdf.pages for f in (o.get_object() for o in page["/Resources"]["/Font"].values())}
+    assert all("DejaVu" in f for f in fonts), fonts
+
+
+def test_pdf_reads_no_file_outside_of_its_folder(tmp_path):
+    import subprocess
+    import sys
+
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"x")
+    work = tmp_path / "work"
+    work.mkdir()
+    for source in (secret.as_uri(), "http://127.0.0.1:9/x.png"):
+        (work / "report.html").write_text(f'<html lang="en"><title>t</title><link rel="attachment" href="{source}"><img alt="x" src="{source}">')
+        done = subprocess.run([sys.executable, "-m", "harness_reports.pdf_process", str(work), str(tmp_path / "o.pdf")], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "refused" in done.stderr or "not allowed" in done.stderr or "protocol" in done.stderr.lower()
+        assert not (tmp_path / "o.pdf").exists()
+
+
+def test_json_holds_every_row_and_no_nan(report, plugins, tmp_path):
+    import json
+
+    content = json.loads(plugins.get("renderers", "json").render(report, tmp_path).read_text())
+    assert len(content["runs"][0]["tables"]["long"]["rows"]) == 100
+    assert content["runs"][0]["metrics"][1]["value"] is None

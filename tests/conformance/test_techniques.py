@@ -1,0 +1,160 @@
+"""Every installed technique keeps the rules; the list is the live one."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import Heatmaps, Metric, Param, Result, Technique
+from harness.plugins import load_plugins
+from harness.testing import check_technique, run_once, small_dataset
+
+TECHNIQUES = load_plugins().techniques
+# Parameters that make a run on 8 x 8 pictures possible or short; anything missing here runs with its defaults.
+SMALL = {"class_visualization": {"steps": 4, "classes": [3, 5]}, "occlusion": {"window": 3, "stride": 2}}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("model", ["digits_cnn", "digits_resnet"])
+def test_keeps_the_rules(name, model):
+    assert check_technique(TECHNIQUES[name], model, SMALL.get(name)) == []
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_says_where_it_comes_from_and_what_it_does_not_show(name):
+    cls = TECHNIQUES[name]
+    assert cls.summary()[0].isupper()
+    assert cls.reading
+    if cls.audit:
+        assert cls.caveats
+
+
+@pytest.mark.parametrize("name", [n for n, c in TECHNIQUES.items() if "images" in c.needs])
+def test_one_picture_alone_gets_what_it_gets_in_a_batch(name, digits_cnn):
+    technique = TECHNIQUES[name].build(SMALL.get(name, {}))
+    together = run_once(technique, digits_cnn, small_dataset(4))
+    alone = run_once(technique, digits_cnn, small_dataset(4).select(indices=[2]))
+    for a, b in zip(together.artifacts, alone.artifacts, strict=True):
+        torch.testing.assert_close(torch.tensor(a.data[2]), torch.tensor(b.data[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_has_a_reference_case(name):
+    """A test under tests/reference imports the technique's class."""
+    wanted = TECHNIQUES[name].__name__
+    imported = set()
+    for path in (ROOT / "tests" / "reference").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                imported |= {alias.name for alias in node.names}
+    assert wanted in imported
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_gives_the_same_on_a_gpu(name, registry):
+    from harness.models import load_model
+    from harness.testing import same
+
+    technique = TECHNIQUES[name].build(SMALL.get(name, {}))
+    results = [run_once(technique, load_model("digits_cnn", registry, device), small_dataset()) for device in ("cpu", "cuda")]
+    assert same(*results, rtol=1e-2, atol=1e-3)
+
+
+# -- the rules find what they are for --------------------------------------------------------------------------------
+
+
+class _Careless(Technique):
+    """A technique that breaks one rule, named by its parameter."""
+
+    name = "careless"
+    family = "saliency"
+    needs = frozenset({"images"})
+    reading = "not at all"
+    rule: str = Param("", description="the rule it breaks")
+
+    def run(self, ctx):
+        x = ctx.images
+        maps = x.abs().amax(1)
+        if self.rule == "global seed":
+            maps = maps + torch.rand(maps.shape, device=ctx.device)
+        elif self.rule == "device":
+            maps = maps + torch.zeros(1)
+        elif self.rule == "batch":
+            maps = maps * ctx.max_batch
+        elif self.rule == "hooks":
+            next(iter(ctx.model.modules.values())).register_forward_hook(lambda *_: None)
+        elif self.rule == "training":
+            ctx.model.module.train()
+        elif self.rule == "weights":
+            next(ctx.model.module.parameters()).data.mul_(1.5)
+        elif self.rule == "gradient":
+            ctx.model.module.requires_grad_(True)
+        elif self.rule == "empty":
+            return Result()
+        return Result([Heatmaps("m", maps)], [Metric("mean", maps.mean())])
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        ("global seed", "global random generators"),
+        ("global seed", "without generator="),
+        ("device", "torch.zeros without device="),
+        ("batch", "depends on max_batch"),
+        ("hooks", "left the model changed: hooks"),
+        ("training", "left the model changed: modules or training flags"),
+        ("weights", "left the model changed: weights or buffers"),
+        ("gradient", "left the model changed: weights or buffers"),
+        ("empty", "result is empty"),
+    ],
+)
+def test_a_broken_rule_is_found(rule, found):
+    problems = check_technique(_Careless, params={"rule": rule})
+    assert any(found in p for p in problems), problems
+
+
+def test_a_careful_technique_has_no_problems():
+    assert check_technique(_Careless) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"__doc__": "Text."}, "must be a slug"),
+        ({"__doc__": "Text.", "name": "Bad-Name"}, "must be a slug"),
+        ({"name": "fine"}, "docstring"),
+        ({"__doc__": "Text.", "name": "fine", "__annotations__": {"x": int}, "x": 1}, "parameter x has no description"),
+    ],
+)
+def test_a_class_that_is_not_a_technique_is_refused_when_defined(body, message):
+    with pytest.raises(TypeError, match=message):
+        type("Wrong", (Technique,), {"__module__": __name__, **body})
+
+
+def test_a_technique_is_final():
+    with pytest.raises(TypeError, match="final"):
+        type("Child", (_Careless,), {"__module__": __name__, "__doc__": "Text.", "name": "child"})
+
+
+def test_imports_go_one_way():
+    """plugins -> harness; reports -> harness.record, harness.artifacts and what they stand on; harness -> neither."""
+    for path in [*ROOT.glob("harness/**/*.py"), *ROOT.glob("plugins/**/*.py"), *ROOT.glob("reports/**/*.py")]:
+        part = path.relative_to(ROOT).parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.partition(".")[0]
+                if part == "harness":
+                    assert not top.startswith("harness_"), path
+                    assert top != "mlflow" or path.name == "tracking.py", path
+                elif part == "plugins":
+                    assert top != "harness_reports", path
+                elif part == "reports" and top == "harness":
+                    assert name.partition(".")[2] in ("artifacts", "errors", "experiment", "hookspecs", "paths", "record"), (path, name)
+                    assert top != "torch"

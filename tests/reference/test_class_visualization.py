@@ -1,0 +1,241 @@
+"""The optimisation loop and class_visualization against closed forms, scipy and recorded order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from harness_synthesis import ClassVisualization
+from harness_synthesis.class_visualization import PRESETS, high_frequency_share, spread
+from scipy.ndimage import gaussian_filter
+from torch import nn
+
+from harness import ConfigError
+from harness import optimise as o
+from harness.context import Context, Draws
+from harness.models import LoadedModel
+from harness.registry import InputSpec
+
+
+def linear(size=4, classes=3, scale=0.1):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(size * size, classes)).double()
+    module[1].weight.data.mul_(scale)
+    return LoadedModel(module, InputSpec(channels=1, size=size, mean=(0.5,), std=(1.0,)), "linear")
+
+
+def draws(count=1, seed=0):
+    return Draws([str(i) for i in range(count)], torch.device("cpu"), torch.float64, seed)
+
+
+def grey(count=1, size=4):
+    return torch.full((count, 1, size, size), 0.5, dtype=torch.float64)
+
+
+def test_l2_ascent_of_a_linear_model_converges_to_w_over_two_lambda():
+    model, lam = linear(), 2.0
+    classes = torch.tensor([0, 2])
+    objective = o.class_score(classes) - lam * o.squared_norm(0.5)
+    made = o.ascend(model, objective, grey(2), steps=200, step_size=0.1, draws=draws(2), rule="constant")
+    expected = model.module[1].weight[classes].view(2, 1, 4, 4) / (2 * lam)
+    torch.testing.assert_close(made.images - 0.5, expected, rtol=0, atol=1e-9)
+
+
+def test_the_technique_itself_reaches_the_closed_form():
+    model = linear()
+    technique = ClassVisualization(
+        classes=(1,), preset="simonyan", step="constant", step_size=0.1 * 255, l2=2.0, steps=200, noise=0.0, decay=0.0, jitter=0, blur_every=0
+    )
+    pictures = technique.run(Context(model, technique="class_visualization")).artifacts[0].data
+    expected = 0.5 + model.module[1].weight[1].view(4, 4) / 4
+    torch.testing.assert_close(torch.tensor(pictures[0, 0]).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_line_search_never_lowers_the_objective(digits_cnn):
+    classes = torch.arange(4)
+    start = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    objective = o.class_score(classes) - 0.5 * o.squared_norm(0.3)
+    made = o.ascend(digits_cnn, objective, start, steps=60, step_size=5.0, draws=draws(4), rule="line_search", operators=[])
+    assert (made.scores.diff(dim=0) >= 0).all()
+    assert (made.scores[-1] > made.scores[0]).all()
+    with torch.no_grad():
+        assert (o.evaluate(digits_cnn, objective, made.images, made.images) >= made.scores[-1]).all()
+
+
+def test_a_normalised_step_moves_pixels_by_its_size():
+    made = o.ascend(linear(), o.class_score(torch.tensor([0])), grey(), steps=1, step_size=0.01, draws=draws())
+    assert (made.images - 0.5).square().mean().sqrt().item() == pytest.approx(0.01, rel=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.4, 0.5, 1.0, 2.3])
+def test_blur_equals_scipy(sigma):
+    x = torch.rand((2, 3, 17, 12), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = gaussian_filter(x.numpy(), (0, 0, sigma, sigma), mode="nearest", truncate=4.0)
+    np.testing.assert_allclose(o.gaussian_blur(x, sigma).numpy(), expected, atol=1e-6)
+
+
+def test_blur_keeps_its_schedule():
+    x = torch.rand((1, 1, 9, 9), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    blur = o.Blur(2.0, every=4, end=0.5, steps=9)
+    assert torch.equal(blur(x, x, 0), x)
+    torch.testing.assert_close(blur(x, x, 3), o.gaussian_blur(x, 2.0 - 1.5 * 3 / 8))
+    torch.testing.assert_close(blur(x, x, 7), o.gaussian_blur(x, 2.0 - 1.5 * 7 / 8))
+    assert torch.equal(o.Blur(1.0, every=0)(x, x, 3), x)
+
+
+@pytest.mark.parametrize("percentile", [0.0, 20.0, 50.0, 90.0])
+def test_small_pixels_return_to_the_centre_as_numpy_says(percentile):
+    rng = torch.Generator().manual_seed(0)
+    x, g = (torch.rand((2, 3, 7, 9), generator=rng, dtype=torch.float64) for _ in range(2))
+    centre = torch.full((1, 3, 1, 1), 0.4, dtype=torch.float64)
+    for operator, value in (
+        (o.ClipSmallNorm(percentile, centre), np.sqrt(((x - centre) ** 2).sum(1).numpy())),
+        (o.ClipSmallContribution(percentile, centre), np.abs(((x - centre) * (g - 0.5)).sum(1).numpy())),
+    ):
+        found = operator(x, g - 0.5, 0)
+        for i in range(2):
+            keep = value[i] >= np.percentile(value[i], percentile)
+            expected = np.where(keep, x[i].numpy(), 0.4)
+            np.testing.assert_allclose(found[i].numpy(), expected, atol=1e-6)
+    if percentile == 0:
+        assert torch.equal(o.ClipSmallNorm(0, centre)(x, g, 0), x)
+
+
+def test_decay_comes_after_the_step_and_pulls_to_the_centre():
+    centre = torch.tensor(0.5, dtype=torch.float64)
+    model = linear()
+    made = o.ascend(
+        model, o.class_score(torch.tensor([1])), grey(), steps=1, step_size=0.1, draws=draws(), rule="constant", operators=[o.Decay(0.25, centre)]
+    )
+    weight = model.module[1].weight[1].view(1, 1, 4, 4)
+    torch.testing.assert_close(made.images, 0.5 + 0.75 * 0.1 * weight)
+
+
+def test_operators_act_in_yosinskis_order(monkeypatch, digits_cnn):
+    """Gradient, decay, blur, small norm, small contribution, then the pixel range."""
+    trace = []
+
+    def spy(cls):
+        original = cls.__call__
+        monkeypatch.setattr(cls, "__call__", lambda self, x, g, t: trace.append(cls.__name__) or original(self, x, g, t))
+
+    for cls in (o.Decay, o.Blur, o.ClipSmallNorm, o.ClipSmallContribution, o.ClampPixels):
+        spy(cls)
+    ClassVisualization(classes=(1,), steps=1).run(Context(digits_cnn, technique="class_visualization"))
+    assert trace == ["Decay", "Blur", "ClipSmallNorm", "ClipSmallContribution", "ClampPixels"]
+
+
+def test_the_gradient_comes_back_from_under_the_jitter():
+    """For a linear model rolled by s, the gradient is the weight rolled by -s."""
+    model = linear(size=8)
+    found = o.ascend(model, o.class_score(torch.tensor([0])), grey(size=8), steps=1, step_size=1.0, draws=draws(), rule="constant", transforms=[o.Jitter(3)])
+    dy, dx = draws().integers(-3, 4, 2)[0]
+    weight = model.module[1].weight[0].view(8, 8)
+    torch.testing.assert_close(found.images[0, 0] - 0.5, torch.roll(weight, (-dy, -dx), (0, 1)))
+    assert (dy, dx) != (0, 0)
+
+
+def test_objectives_add_and_scale():
+    model, x = linear(), torch.rand((2, 1, 4, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    a, b = o.class_score(torch.tensor([0, 1])), o.class_score(torch.tensor([2, 2]))
+    logits = model(x)
+    both = o.evaluate(model, 2 * a - b * 0.5 + -a, x, x)
+    torch.testing.assert_close(both, logits[[0, 1], [0, 1]] - 0.5 * logits[:, 2])
+
+
+def test_one_pass_serves_a_layer_and_the_logits(digits_cnn):
+    calls: list[int] = []
+    _ = digits_cnn.call_counts  # the layers are counted by a pass of their own, once a model
+    handle = digits_cnn.modules["features.0"].register_forward_hook(lambda *_: calls.append(1))
+    layer = o.Objective(frozenset({"features.0"}), lambda outputs, _: outputs["features.0"].mean((1, 2, 3)))
+    x = torch.rand((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    found = o.evaluate(digits_cnn, layer + o.class_score(torch.tensor([1, 2])), x, x)
+    handle.remove()
+    assert len(calls) == 1
+    expected = digits_cnn.activations(x, ["features.0"])["features.0"].mean((1, 2, 3)) + digits_cnn(x)[[0, 1], [1, 2]]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_score_that_is_not_finite_keeps_the_last_good_picture():
+    class Explodes(nn.Module):
+        def forward(self, x):
+            total = x.flatten(1).sum(1, keepdim=True)
+            return torch.cat([total, -torch.log(9 - total)], 1)  # not a number above 9
+
+    model = LoadedModel(Explodes().double(), InputSpec(channels=1, size=4, mean=(0.0,), std=(1.0,)))
+    start = grey(2)
+    made = o.ascend(model, o.class_score(torch.tensor([0, 1])), start, steps=20, step_size=0.05, draws=draws(2))
+    assert made.stopped == [1]
+    assert torch.isfinite(made.images).all()
+    assert made.images[1].sum() < made.images[0].sum()
+
+
+def test_zero_steps_give_the_start():
+    result = ClassVisualization(classes=(1, 2), steps=0, noise=0.0).run(Context(linear(), technique="class_visualization"))
+    assert np.allclose(result.artifacts[0].data, 0.5)
+    assert [a.name for a in result.artifacts] == ["pictures", "classes"]
+
+
+def test_a_class_alone_gets_what_it_gets_in_company(digits_cnn):
+    def pictures(*classes):
+        return ClassVisualization(classes=classes, steps=12).run(Context(digits_cnn, technique="class_visualization")).artifacts[0].data
+
+    np.testing.assert_allclose(pictures(3, 5, 8)[1], pictures(5)[0], atol=1e-5)
+
+
+def test_presets_fill_what_is_not_given():
+    assert ClassVisualization(preset="yosinski_3").decay == PRESETS["yosinski_3"]["decay"]
+    assert ClassVisualization(preset="yosinski_3", decay=0.5).decay == 0.5
+    for name in PRESETS:
+        ClassVisualization.build({"preset": name})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"classes": ["flamigo"]}, "no class 'flamigo' in model 'digits_cnn'; give an index from 0 to 9"),
+        ({"classes": [10]}, "classes 0 to 9"),
+        ({"classes": [-1]}, "classes 0 to 9"),
+    ],
+)
+def test_classes_that_do_not_exist(params, message, digits_cnn):
+    with pytest.raises(ConfigError, match=message):
+        ClassVisualization(**params).run(Context(digits_cnn, technique="class_visualization"))
+
+
+def test_line_search_and_jitter_exclude_each_other():
+    with pytest.raises(ConfigError, match="set jitter to 0"):
+        ClassVisualization.build({"step": "line_search"})
+
+
+def test_spread_is_even_and_inside():
+    assert spread(4, 1000) == [125, 375, 625, 875]
+    assert spread(20, 3) == [0, 1, 2]
+
+
+def test_high_frequency_share_closed_forms():
+    n = 32
+    wave = lambda f: torch.sin(2 * torch.pi * f * torch.arange(n) / n).expand(1, 1, n, n)  # noqa: E731
+    assert high_frequency_share(wave(4)).item() == pytest.approx(0, abs=1e-5)
+    assert high_frequency_share(wave(12)).item() == pytest.approx(1, abs=1e-5)
+    assert high_frequency_share(wave(4) + wave(12)).item() == pytest.approx(0.5, abs=1e-4)
+    assert high_frequency_share(torch.full((1, 1, 8, 8), 0.3)).item() == 0
+
+
+def test_loop_runs_without_values(digits_cnn):
+    """On the meta device nothing can be read back: a hidden wait for the device would fail here."""
+    import copy
+
+    model = LoadedModel(copy.deepcopy(digits_cnn.module), digits_cnn.input, device="meta")
+    # ascend() ends with one read of what stopped; everything before runs without values
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta|Tensor.item|nonzero"):
+        o.ascend(
+            model, o.class_score(torch.zeros(2, dtype=torch.int64, device="meta")), torch.empty((2, 1, 8, 8), device="meta"), steps=3, step_size=0.1,
+            draws=Draws(["a", "b"], torch.device("meta"), torch.float32, 0), transforms=[o.Jitter(1)],
+            operators=[o.Decay(0.1, torch.tensor(0.5, device="meta")), o.Blur(1.0, 1), o.ClampPixels()],
+            progress=lambda what, done, total: seen.append(done),
+        )  # fmt: skip
+    assert seen == [1, 2, 3]
+
+
+seen: list[int] = []

@@ -1,0 +1,151 @@
+"""nearest_neighbors and features against brute force, scikit-learn and captum."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from captum.influence import SimilarityInfluence
+from captum.influence._core.similarity_influence import euclidean_distance
+from harness_representations import Features, NearestNeighbors
+from harness_representations.nearest_neighbors import quality
+from harness_representations.search import nearest, vote
+from sklearn.neighbors import NearestNeighbors as SklearnNeighbors
+
+from harness import ConfigError
+from harness.context import to_images
+from harness.datasets import load_dataset
+from harness.testing import run_once, small_dataset
+
+
+def brute(queries, database, k, skip=None):
+    d = ((queries[:, None, :].astype(np.float64) - database[None].astype(np.float64)) ** 2).sum(2)
+    if skip is not None:
+        d[np.arange(len(queries)), skip] = np.inf
+    order = np.argsort(d, axis=1, kind="stable")[:, :k]  # stable: ties by index
+    return order, np.sqrt(np.take_along_axis(d, order, 1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_brute_force_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 3, (80, 5)).astype(np.float32)  # many equal distances and duplicates
+    indices, distances = nearest(data, data, 7, np.arange(80))
+    expected, d = brute(data, data, 7, np.arange(80))
+    assert np.array_equal(indices, expected)
+    np.testing.assert_allclose(distances, d, rtol=1e-12)
+
+
+def test_rounding_does_not_change_the_order():
+    """Far from the origin |q|^2 + |x|^2 - 2qx loses what tells neighbours apart."""
+    rng = np.random.default_rng(0)
+    data = 1e4 + rng.normal(size=(50, 8)) * 1e-3
+    assert np.array_equal(nearest(data, data, 5, np.arange(50))[0], brute(data, data, 5, np.arange(50))[0])
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    from harness_representations import search
+
+    rng = np.random.default_rng(1)
+    data = rng.normal(size=(60, 4)).astype(np.float32)
+    whole = nearest(data, data, 3)
+    monkeypatch.setattr(search, "BLOCK_BYTES", 8 * 60 * 7)
+    assert np.array_equal(nearest(data, data, 3)[0], whole[0])
+
+
+def test_self_is_first_at_distance_zero():
+    data = np.random.default_rng(2).normal(size=(30, 6)).astype(np.float32)
+    indices, distances = nearest(data, data, 2)
+    assert np.array_equal(indices[:, 0], np.arange(30))
+    assert not distances[:, 0].any()
+
+
+def test_equals_scikit_learn_on_the_digits(registry):
+    data = load_dataset("digits", registry)
+    x = data.pictures(registry.model("digits_cnn").input).reshape(len(data), -1).astype(np.float64) / 255
+    distances, _ = SklearnNeighbors(n_neighbors=5, metric="euclidean", algorithm="brute").fit(x).kneighbors(x[:200])
+    np.testing.assert_allclose(nearest(x[:200], x, 5)[1][:, 1:], distances[:, 1:], rtol=1e-5)
+
+
+def test_vote_prefers_the_nearest_among_equals():
+    assert vote(np.array([[2, 1, 1, 2, 0], [3, 3, 1, 1, 1], [4, 0, 1, 2, 3]]), 5).tolist() == [2, 1, 4]
+
+
+def test_quality_by_hand():
+    labels = np.array([0, 0, 0, 1, 1])
+    indices = np.array([[1, 3], [0, 2], [3, 4], [4, 0], [0, 1]])
+    same = np.bincount(labels)[labels] - 1
+    found = quality(indices, labels, same)
+    assert found["precision"].tolist() == [0.5, 1, 0, 0.5, 0]
+    assert found["recall"].tolist() == [0.5, 1, 0, 1, 0]
+    assert found["vote_accuracy"].tolist() == [1, 1, 0, 1, 0]
+
+
+def test_features_are_what_the_last_layer_receives(digits_cnn):
+    data = small_dataset(9)
+    features = run_once(Features(), digits_cnn, data, max_batch=4).artifacts[0].data["features"]
+    assert features.shape == (9, 64)
+    last = digits_cnn.modules["classifier.3"]
+    logits = torch.tensor(features) @ last.weight.T + last.bias
+    with torch.no_grad():
+        torch.testing.assert_close(logits, digits_cnn(to_images(data.pictures(digits_cnn.input), digits_cnn.device)), rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_a_map_are_averaged_over_positions(digits_cnn):
+    data = small_dataset(3)
+    found = run_once(Features(layer="features.5"), digits_cnn, data).artifacts[0].data["features"]
+    images = to_images(data.pictures(digits_cnn.input), digits_cnn.device)
+    with torch.no_grad():
+        expected = digits_cnn.activations(images, ["features.5"])["features.5"].mean((2, 3))
+    torch.testing.assert_close(torch.tensor(found), expected)
+
+
+def test_pixels_are_a_space_too(digits_cnn):
+    found = run_once(Features(layer="pixels"), digits_cnn, small_dataset(3)).artifacts[0].data["features"]
+    assert found.shape == (3, 64)
+
+
+def test_feature_precision_is_above_pixel_precision_on_unseen_digits(registry, digits_cnn):
+    result = run_once(NearestNeighbors(), digits_cnn, load_dataset("digits_test", registry), max_batch=128)
+    found = {m.name: m.value for m in result.metrics}
+    assert found["precision.features"] > found["precision.pixels"] > 0.8
+    assert found["vote_accuracy.features"] >= found["vote_accuracy.pixels"]
+    assert 0 < found["neighbours_differ"] < 1
+
+
+def test_captum_finds_the_same(digits_cnn, tmp_path):
+    data = small_dataset(12)
+    result = run_once(NearestNeighbors(k=3), digits_cnn, data)
+    ours = next(a for a in result.artifacts if a.name == "neighbours").data["features.indices"]
+    images = to_images(data.pictures(digits_cnn.input), digits_cnn.device)
+    normalised = (images - digits_cnn._mean) / digits_cnn._std
+    peer = SimilarityInfluence(
+        digits_cnn.module, "classifier.2", torch.utils.data.TensorDataset(normalised), str(tmp_path), "digits",
+        # captum 0.9 hands its metric a list of one tensor where it documents the tensor
+        similarity_metric=lambda a, b: euclidean_distance(a[0] if isinstance(a, list) else a, b),
+        similarity_direction="min", batch_size=12,
+    )  # fmt: skip
+    theirs = peer.influence(normalised, top_k=4)["classifier.2"][0]
+    assert np.array_equal(np.asarray(theirs)[:, 1:], ours)
+
+
+def test_duplicate_pictures_are_neighbours_at_distance_zero(digits_cnn, registry):
+    data = load_dataset("digits", registry).select(indices=[0, 0, 1, 2])
+    result = run_once(NearestNeighbors(k=1), digits_cnn, data)
+    arrays = next(a for a in result.artifacts if a.name == "neighbours").data
+    assert arrays["pixels.indices"][:2, 0].tolist() == [1, 0]
+    assert arrays["pixels.distances"][0, 0] == 0
+
+
+def test_too_few_pictures(digits_cnn):
+    with pytest.raises(ConfigError, match="5 neighbours need more than 5 pictures"):
+        run_once(NearestNeighbors(), digits_cnn, small_dataset(5))
+
+
+def test_without_labels_there_are_neighbours_but_no_precision(digits_cnn):
+    from dataclasses import replace
+
+    data = replace(small_dataset(), labels=None, classes=())
+    result = run_once(NearestNeighbors(k=2), digits_cnn, data)
+    assert [m.name for m in result.metrics] == ["neighbours_differ"]
+    assert "no labels" in result.notes[0]
