@@ -61,12 +61,13 @@ def activations(
     The name `ANSWER` among the layers is what the whole pass gives.
     """
     wanted: dict[tuple[str, int], str] = {}
+    same: dict[str, str] = {}  # two names of one call
     whole = ANSWER in layers
     for name in layers:
         if name == ANSWER:
             continue
         base, call = split_call(name)
-        wanted[base, call or calls.get(base, 1)] = name
+        same[name] = wanted.setdefault((base, call or calls.get(base, 1)), name)
     found: dict[str, Tensor] = {}
     seen: dict[str, int] = {}
 
@@ -101,7 +102,7 @@ def activations(
     missing = [name for name in wanted.values() if name not in found]
     if missing:
         raise ValueError(f"the forward pass never reached layer {missing[0]!r}")
-    return {name: found[name] for name in layers}
+    return {name: found[same.get(name, name)] for name in layers}
 
 
 def trace_calls(forward: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], images: Tensor) -> list[tuple[str, tuple[int, ...]]]:

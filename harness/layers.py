@@ -59,7 +59,7 @@ _WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Linear, nn.MultiheadAttention, nn.Flatten)
 _SAME_FUNCTIONS: set[Any] = {
     F.relu, F.relu_, torch.relu, torch.relu_, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.relu6, F.leaky_relu, F.dropout,
-    torch.sigmoid, torch.tanh, F.layer_norm, F.batch_norm, F.instance_norm, operator.neg, torch.clone,
+    torch.sigmoid, torch.tanh, F.layer_norm, F.batch_norm, F.instance_norm, operator.neg, torch.clone, torch.permute,
 }  # fmt: skip
 _SAME_METHODS = {"relu", "relu_", "sigmoid", "tanh", "clone", "contiguous", "add", "add_", "mul", "mul_", "permute", "clamp"}
 _JOINS: set[Any] = {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul, torch.cat, torch.sub}
@@ -105,7 +105,8 @@ def _widest(fields: list[Field]) -> Field | None:
 
 def _function_field(node: Node, inputs: list[Field]) -> Field | None:
     target: Any = node.target
-    if target in _SAME_FUNCTIONS or target in _SAME_METHODS and len(inputs) == 1:
+    by_name = getattr(target, "__name__", "") == "stochastic_depth"  # torchvision's, known to fx as a function
+    if by_name or target in _SAME_FUNCTIONS or (target in _SAME_METHODS and len(inputs) == 1):
         return inputs[0]
     if target in _JOINS or target in _SAME_METHODS:
         return _join(inputs)
@@ -133,7 +134,7 @@ def receptive_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | 
         if node.op == "placeholder":
             value = Field()
         else:
-            known = [fields.get(n) for n in node.all_input_nodes]
+            known = [fields.get(n) for n in node.all_input_nodes if n.op != "get_attr"]  # parameters see nothing
             inputs = [f for f in known if f is not None]
             if inputs and len(inputs) == len(known):
                 if node.op == "call_module":

@@ -172,8 +172,12 @@ class _NumpyOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return _reconstruct
+        if name == "_frombuffer" and module in ("numpy.core.numeric", "numpy._core.numeric"):
+            return _frombuffer
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how old protocols write bytes
+            return _latin1
         raise WeightsError(f"{self._path}: refused: the pickle asks for {module}.{name}; only numpy arrays are admitted")
 
 
@@ -181,6 +185,14 @@ def _reconstruct(subtype: Any, shape: Any, code: Any) -> np.ndarray:
     if subtype is not np.ndarray:
         raise WeightsError("refused: the pickle makes something other than a plain numpy array")
     return np.ndarray.__new__(np.ndarray, (0,), np.dtype("b"))
+
+
+def _frombuffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    return np.frombuffer(bytes(buffer), dtype=np.dtype(dtype)).reshape(shape, order=order)
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    return text.encode("latin1")
 
 
 def read_numpy_pickle(path: Path) -> Any:

@@ -1,0 +1,142 @@
+"""Random numbers that belong to their picture, batches, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness.context import Context, Draws, out_of_memory, stable_seed
+from harness.device import device_kind, device_settings
+from harness.errors import ConfigError, NotApplicable
+
+CPU = torch.device("cpu")
+
+
+def draws(ids, seed=0, technique="t", stream=""):
+    return Draws(ids, CPU, torch.float32, seed, technique, stream)
+
+
+def test_an_item_gets_the_same_numbers_in_any_company():
+    together = draws(["a", "b", "c"])
+    alone = draws(["c"])
+    for shape in [(3, 2), (5,)]:
+        assert torch.equal(together.randn(shape)[2], alone.randn(shape)[0])
+    assert together.integers(0, 100, 3)[2] == alone.integers(0, 100, 3)[0]
+
+
+def test_seed_technique_and_stream_keep_numbers_apart():
+    values = {tuple(draws(["a"], *key).rand((4,)).flatten().tolist()) for key in [(0, "t", ""), (1, "t", ""), (0, "u", ""), (0, "t", "s")]}
+    assert len(values) == 4
+
+
+def test_the_seed_is_the_same_everywhere():
+    assert stable_seed(0, "saliency", "a") == 4519360094548230593
+
+
+def test_randn_like_moves_on(digits_cnn):
+    ctx = Context(digits_cnn, images=torch.zeros(2, 1, 8, 8), ids=["a", "b"])
+    first, second = ctx.randn_like(ctx.images), ctx.randn_like(ctx.images)
+    assert not torch.equal(first, second)
+
+
+class Hungry:
+    """Runs out of memory above a batch size."""
+
+    def __init__(self, limit, error=torch.OutOfMemoryError):
+        self.limit, self.error, self.sizes = limit, error, []
+
+    def __call__(self, rows):
+        size = rows.stop - rows.start
+        if size > self.limit:
+            raise self.error("CUDA out of memory")
+        self.sizes.append(size)
+        return torch.arange(rows.start, rows.stop)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(digits_cnn, error):
+    ctx = Context(digits_cnn, max_batch=16)
+    work = Hungry(3, error)
+    assert torch.cat(list(ctx.batched(20, work))).tolist() == list(range(20))
+    assert ctx.max_batch == 2
+    assert set(work.sizes) == {2}
+
+
+def test_a_single_picture_that_does_not_fit_is_an_error(digits_cnn):
+    with pytest.raises(torch.OutOfMemoryError):
+        list(Context(digits_cnn, max_batch=4).batched(4, Hungry(0)))
+
+
+def test_other_errors_pass(digits_cnn):
+    def work(rows):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(Context(digits_cnn).batched(4, work))
+    assert not out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_asking_for_what_is_not_there(digits_cnn):
+    ctx = Context(digits_cnn)
+    with pytest.raises(NotApplicable, match="needs images"):
+        _ = ctx.images
+    with pytest.raises(NotApplicable, match="needs a dataset"):
+        _ = ctx.dataset
+    with pytest.raises(NotApplicable, match="labelled"):
+        _ = Context(digits_cnn, images=torch.zeros(1, 1, 8, 8), ids=["a"], target="labelled").target
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("layer:none", "no layer 'none'"),
+        ("channel:features.0:99", "has shape 16 x 8 x 8"),
+        ("channel:features.0", "write channel:LAYER:C"),
+        ("neuron:features.0:1", "has shape 16 x 8 x 8"),
+        ("neuron:features.0:a,b,c", "whole numbers"),
+        ("eleven", "index from 0 to 9"),
+        ([1, 2], "2 targets for 1 pictures"),
+    ],
+)
+def test_targets_that_do_not_exist(digits_cnn, target, message):
+    with pytest.raises(ConfigError, match=message):
+        _ = Context(digits_cnn, images=torch.zeros(1, 1, 8, 8), ids=["a"], target=target).target
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("choice", "message"), [("cuda", "not available here"), ("tpu", "choose auto, cpu"), ("cuda:3", "not available|there are")])
+def test_devices_that_are_not_there(choice, message):
+    if torch.cuda.is_available() and choice == "cuda":
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=message):
+        device_kind(choice)
+
+
+def test_auto_takes_cuda_then_mps_then_cpu(monkeypatch):
+    from harness import device
+
+    monkeypatch.setattr(device, "_accelerator_possible", lambda: True)
+    for cuda, mps, expected in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda value=cuda: value)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda value=mps: value)
+        assert device_kind("auto") == expected
+
+
+def test_switches_are_set_during_a_run_and_put_back():
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    with pytest.raises(KeyError), device_settings("cpu") as facts:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.allow_tf32
+        assert facts.as_dict()["deterministic"] is True
+        assert facts.kind == "cpu"
+        raise KeyError
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == before
+
+
+def test_lower_precision_is_autocast(digits_cnn):
+    x = torch.rand((1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    with device_settings("cpu", "bfloat16") as facts, torch.no_grad():
+        assert digits_cnn(x).dtype == torch.bfloat16
+    assert facts.precision == "bfloat16"

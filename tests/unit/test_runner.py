@@ -1,0 +1,328 @@
+"""The runner: keys, reuse, failures that stay alone, records, tracking."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import Arrays, Heatmaps, Metric, NotApplicable, Param, Result, Technique, Use, hookimpl
+from harness.errors import ConfigError, StorageError, TrackingError
+from harness.experiment import Experiment, expand
+from harness.plugins import Origin, _installed, discover
+from harness.record import read_record
+from harness.runner import Runner, Session, exit_code
+from harness.tracking import tracker_for, tracking_uri
+
+CALLS: list[str] = []
+
+
+class Probe(Technique):
+    """Does what its parameter says."""
+
+    name = "probe"
+    needs = frozenset({"images"})
+    act: str = Param("work", description="what to do")
+
+    def run(self, ctx):
+        CALLS.append(self.act)
+        if self.act == "fail":
+            raise ZeroDivisionError("as asked")
+        if self.act == "bad input":
+            raise ConfigError("the input is bad")
+        if self.act == "not applicable":
+            raise NotApplicable("needs something else")
+        if self.act == "change":
+            ctx.model.module.train()
+        if self.act == "nan":
+            return Result([], [Metric("m", float("nan"), per_image=[1.0, float("inf")])])
+        if self.act == "wrong":
+            return 3
+        if self.act == "hungry" and ctx.max_batch > 3:
+            ctx.max_batch = 3
+        noise = ctx.randn_like(ctx.images)
+        return Result([Heatmaps("map", noise.abs().amax(1))], [Metric("m", noise.mean(), per_image=noise.flatten(1).mean(1).tolist())])
+
+
+class Base(Technique):
+    """Something to build on."""
+
+    name = "base"
+    needs = frozenset({"dataset"})
+    value: int = Param(1, description="a number")
+
+    def run(self, ctx):
+        CALLS.append(f"base {self.value}")
+        if self.value < 0:
+            raise ValueError("negative")
+        return Result([Arrays("value", {"v": np.array([self.value])})])
+
+
+class Above(Technique):
+    """Builds on another."""
+
+    name = "above"
+    needs = frozenset({"dataset"})
+    value: int = Param(1, description="a number")
+
+    def uses(self):
+        return (Use("base", {"value": self.value}),)
+
+    def run(self, ctx):
+        CALLS.append("above")
+        return Result([], [Metric("m", ctx.results["base"]["value"].data["v"][0] * 2)])
+
+
+class Labels(Technique):
+    """Needs labels."""
+
+    name = "labels"
+    needs = frozenset({"dataset", "labels"})
+
+    def run(self, ctx):
+        return Result([], [Metric("n", len(ctx.labels))])
+
+
+class Maps(Technique):
+    """Needs convolutions."""
+
+    name = "maps"
+    needs = frozenset({"conv"})
+
+    def run(self, ctx):
+        return Result([], [Metric("n", 1)])
+
+
+@pytest.fixture(scope="module")
+def mine():
+    made = types.ModuleType("made")
+    made.harness_techniques = hookimpl(lambda: [Probe, Base, Above, Labels, Maps])
+    return discover([*_installed(), (Origin("mine", "0.3", "mine"), lambda: made)])
+
+
+@pytest.fixture
+def go(mine, registry, own_state):
+    def run(*techniques, name="test", cache=True, models=("digits_cnn",), datasets=("digits",), uri="", limit=3, **common):
+        CALLS.clear()
+        runs = expand(mine, models, datasets, [(t, p) for t, p in techniques], limit=limit, **common)
+        session = Session(Experiment(name, runs, name, "cmd"), own_state, uri)
+        return session, Runner(registry, mine, session, cache).run(session.experiment)
+
+    return run
+
+
+def probe(act="work"):
+    return ("probe", {"act": act})
+
+
+def test_a_finished_run_is_reused(go):
+    _, first = go(probe())
+    _, second = go(probe(), name="another experiment")
+    assert (first[0].how, second[0].how) == ("computed", "reused")
+    assert CALLS == []
+    assert second[0].run.record == first[0].run.record
+    _, third = go(probe(), cache=False)
+    assert third[0].how == "computed"
+    assert np.array_equal(third[0].run.artifact("map").data, first[0].run.artifact("map").data)
+
+
+def test_the_key_follows_everything_the_result_depends_on(go, mine, registry, own_state, monkeypatch):
+    def key(technique="probe", params=None, model="digits_cnn", dataset="digits", **common):
+        runs = expand(mine, [model], [dataset], [(technique, params or {})], **{"limit": 3, **common})
+        return Runner(registry, mine, Session(Experiment("k", runs), own_state)).plan(runs[0]).key
+
+    base = key()
+    assert key() == base
+    assert key(max_batch=7) == base
+    assert key(params={"act": "work"}) == base  # a default that is spelt out
+    others = [
+        key(params={"act": "x"}), key(model="digits_resnet"), key(model="digits_cnn@random"), key(model="digits_cnn@random:1"), key(dataset="digits_test"),
+        key(limit=4), key(limit=None, select=[0, 1, 2]), key(seeds=[1]), key(precision="bfloat16"),
+    ]  # fmt: skip
+    monkeypatch.setattr(Probe, "version", 2)
+    others.append(key())
+    assert len({base, *others}) == len(others) + 1
+
+
+def test_one_failure_stops_nothing_else(go):
+    session, outcomes = go(probe("fail"), probe(), probe("not applicable"))
+    assert [o.run.record.status for o in outcomes] == ["failed", "finished", "not_applicable"]
+    error = outcomes[0].run.record.error
+    assert error.message == "ZeroDivisionError: as asked"
+    assert "in run" in error.traceback
+    assert exit_code(outcomes) == 1
+    assert exit_code(outcomes[1:]) == 0
+    _, again = go(probe("fail"), probe())
+    assert [o.how for o in again] == ["computed", "reused"]  # a failure is tried again
+
+
+def test_bad_input_found_late_is_exit_code_2(go):
+    _, outcomes = go(probe("bad input"), probe("fail"))
+    assert outcomes[0].run.record.error.message == "the input is bad"
+    assert exit_code(outcomes) == 2
+
+
+def test_a_changed_model_is_a_failure_and_is_loaded_anew(go):
+    _, outcomes = go(probe("change"), probe())
+    assert "left the model changed: modules or training flags" in outcomes[0].run.record.error.message
+    assert outcomes[1].run.record.status == "finished"
+
+
+def test_what_is_not_a_result_is_a_failure(go):
+    assert "must return a Result" in go(probe("wrong"))[1][0].run.record.error.message
+
+
+def test_numbers_that_are_not_finite_are_kept_as_such(go):
+    metric = go(probe("nan"))[1][0].run.record.metrics[0]
+    assert (metric.value, metric.per_image) == (None, [1.0, None])
+
+
+def test_the_batch_that_was_used_is_recorded(go):
+    assert go(probe("hungry"))[1][0].run.record.batch == 3
+    assert go(probe())[1][0].run.record.batch == 32
+
+
+def test_what_a_run_builds_on_is_made_once_and_is_part_of_its_key(go):
+    _, outcomes = go(("above", {}), ("above", {"value": 2}), ("base", {}))
+    assert CALLS == ["base 1", "above", "base 2", "above"]
+    assert [o.run.record.metric("m").value for o in outcomes[:2]] == [2, 4]
+    assert outcomes[0].run.record.uses == [outcomes[2].run.record.key]
+
+
+def test_a_failure_below_is_told_above(go):
+    _, outcomes = go(("above", {"value": -1}))
+    assert outcomes[0].run.record.status == "failed"
+    assert "base, which it builds on, has no result: ValueError: negative" in outcomes[0].run.record.error.message
+
+
+@pytest.mark.parametrize(
+    ("technique", "model", "dataset", "message"),
+    [
+        ("labels", "digits_cnn", "cifar10_samples", "labels are classes of this model"),
+        ("maps", "digits_linear", "digits", "needs a model with convolutions"),
+    ],
+)
+def test_what_does_not_apply_says_so(go, technique, model, dataset, message):
+    _, outcomes = go((technique, {}), models=[model], datasets=[dataset])
+    assert outcomes[0].run.record.status == "not_applicable"
+    assert message in outcomes[0].run.record.error.message
+    assert exit_code(outcomes) == 0
+
+
+def test_the_record_tells_everything(go):
+    record = go(probe(), seeds=[7])[1][0].run.record
+    assert record.technique.distribution == "mine"
+    assert record.technique.distribution_version == "0.3"
+    assert record.seed == 7
+    assert record.model.weights == "9ff49e604fd15953a20741d0520d021d5f94ff20a1db836c1f86da42e6a1c901"
+    assert len(record.dataset.fingerprint) == 64
+    assert record.dataset.selected == ["digit-0000", "digit-0599", "digit-1198"]
+    assert record.device["deterministic"] is True
+    assert record.versions["torch"]
+    assert record.peak_memory_bytes > 1e6
+    assert record.started.endswith("+00:00")
+
+
+def test_pictures_a_technique_saw_are_kept(go):
+    run = go(probe())[1][0].run
+    assert run.artifact("inputs").data.shape == (3, 1, 8, 8)
+
+
+def test_without_a_limit_a_technique_on_pictures_gets_twenty(go):
+    assert len(go(probe(), limit=None)[1][0].run.record.dataset.selected) == 20
+
+
+def test_runs_are_stored_in_mlflow_and_leave_the_spool(go, own_state):
+    session, outcomes = go(probe(), probe("fail"))
+    assert list(session.spool) == []
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    manifest, runs = tracker.load("test")
+    assert [r.record.run_id for r in runs] == [o.run.record.run_id for o in outcomes]
+    assert manifest["command"] == "cmd"
+    stored = tracker.client.get_run(manifest["runs"][0]["mlflow_run"])
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params["act"] == "work"
+    assert stored.data.metrics["m"] == pytest.approx(outcomes[0].run.record.metrics[0].value)
+    assert stored.data.tags["harness.key"] == outcomes[0].run.record.key
+    parent = tracker.client.get_run(stored.data.tags["mlflow.parentRunId"])
+    assert parent.data.tags["harness.kind"] == "experiment"
+    assert parent.info.status == "FAILED"
+    assert tracker.client.get_run(manifest["runs"][1]["mlflow_run"]).info.status == "FAILED"
+
+
+def test_an_altered_artifact_is_noticed(go):
+    run = go(probe())[1][0].run
+    (run.folder / "map.npz").write_bytes(b"x")
+    with pytest.raises(StorageError, match="altered"):
+        run.artifact("map")
+    (run.folder / "record.json").write_text("{}")
+    with pytest.raises(StorageError, match="not a record"):
+        read_record(run.folder)
+
+
+def test_an_unreachable_server_costs_one_warning_and_nothing_else(go, own_state):
+    import time
+
+    begun = time.monotonic()
+    session, outcomes = go(probe(), probe("fail"), uri="http://127.0.0.1:9")
+    assert time.monotonic() - begun < 10
+    assert [w for w in session.warnings if "does not answer" in w] == session.warnings
+    assert len(session.warnings) == 1
+    assert outcomes[0].run.record.status == "finished"
+    assert len(list(session.spool)) == 2
+    _, again = go(probe(), uri="http://127.0.0.1:9")
+    assert again[0].how == "reused"  # from the spool
+    # the server is back: everything goes there
+    session, third = go(probe())
+    assert third[0].how == "reused"
+    assert list(session.spool) == []
+    assert {r.record.status for r in tracker_for(tracking_uri("", own_state), own_state).load("test")[1]} >= {"finished"}
+
+
+def test_a_plain_folder_is_no_tracking_store(go):
+    _, outcomes = go(probe())
+    assert outcomes
+    with pytest.raises(ConfigError, match="sqlite:///PATH"):
+        tracker_for("file:///tmp/x", Path("/tmp/x"))
+    with pytest.raises(TrackingError, match="does not answer"):
+        tracker_for("http://127.0.0.1:9/x", Path("/tmp/x"))
+
+
+def test_a_full_disk_leaves_no_half_run(go, monkeypatch, own_state):
+    import errno
+
+    from harness import artifacts
+
+    def full(self, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifacts.Artifact, "save", full)
+    with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\)"):
+        go(probe())
+    assert list((own_state / "spool").iterdir()) == []
+
+
+def test_unknown_names_stop_before_anything_runs(go):
+    for change, message in [({"models": ["digits_cn"]}, "did you mean 'digits_cnn'"), ({"datasets": ["digitz"]}, "did you mean 'digits'")]:
+        with pytest.raises(ConfigError, match=message):
+            go(probe(), **change)
+    assert CALLS == []
+
+
+def test_an_experiment_that_does_not_exist(own_state, go):
+    go(probe())
+    with pytest.raises(ConfigError, match="no experiment 'tset'; did you mean 'test'"):
+        tracker_for(tracking_uri("", own_state), own_state).load("tset")
+
+
+def test_tracking_costs_little(go):
+    """Twenty runs: what is spent besides the runs themselves."""
+    import time
+
+    begun = time.monotonic()
+    _, outcomes = go(*[("probe", {"act": f"work {i}"}) for i in range(20)])
+    spent = time.monotonic() - begun - sum(o.run.record.seconds for o in outcomes)
+    assert spent / 20 < 0.5  # `make bench` measures it; this only guards against a blunder
