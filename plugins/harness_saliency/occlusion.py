@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from harness import ConfigError, Heatmaps, Metric, Paper, Param, Result, TargetSpec, Technique
 
@@ -38,21 +38,39 @@ class Occlusion(Technique):
         "A covered picture is unlike what the model was trained on, and the colour of the cover matters. Two regions that can "
         "stand in for one another both look unimportant. Nothing smaller than the window is resolved."
     )
-    audit = {"quick": {"window": 48, "stride": 24}, "standard": {"window": 32, "stride": 16}, "full": {"window": 32, "stride": 8}}
+    audit = {"quick": {"window": 0.2, "stride": 0.2}, "standard": {}, "full": {"stride": 0.036}}
 
     target: TargetSpec = Param("predicted", description="what is explained: predicted, labelled, a class, layer:NAME, channel:NAME:C, neuron:NAME:C,Y,X")
-    window: int = Param(32, ge=1, description="side of the covered square, in pixels")
-    stride: int = Param(16, ge=1, description="distance between neighbouring windows, in pixels; at most the window")
+    window: float = Param(0.143, gt=0, description="side of the covered square: pixels, or below 1 a share of the picture's shorter side (32 pixels at 224)")
+    stride: float = Param(0.0715, gt=0, description="distance between neighbouring windows, likewise (16 pixels at 224); at most the window")
     baseline: Literal["grey", "mean", "black", "white", "blur", "noise"] = Param(
         "grey", description="what the window is covered with: 0.5, the picture's mean colour, 0, 1, a blurred copy, uniform noise"
     )
     convention: Convention = Param("mean", description="how overlapping windows join: mean over them (ours, captum's), or as xplique or zennit do")
 
+    @field_validator("window", "stride")
+    @classmethod
+    def _whole_pixels(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("from 1 on it is a whole number of pixels")
+        return value
+
     @model_validator(mode="after")
     def _covered(self) -> Occlusion:
-        if self.stride > self.window:
-            raise ValueError(f"stride {self.stride} leaves gaps between windows of {self.window}; make it at most the window")
+        if (self.window < 1) == (self.stride < 1) and self.stride > self.window:
+            raise ValueError(f"stride {self.stride:g} leaves gaps between windows of {self.window:g}; make it at most the window")
         return self
+
+    def pixels(self, height: int, width: int) -> tuple[int, int]:
+        """(window, stride) in pixels for a picture of that size."""
+        side = min(height, width)
+        window = int(self.window) if self.window >= 1 else min(side, max(2, round(self.window * side)))
+        stride = int(self.stride) if self.stride >= 1 else max(1, round(self.stride * side))
+        if window > side:
+            raise ConfigError(f"occlusion.window: {window} pixels do not fit a picture of {height} x {width}")
+        if stride > window:
+            raise ConfigError(f"occlusion.stride: {stride} pixels leave gaps between windows of {window}; make it at most the window")
+        return window, stride
 
     def run(self, ctx: Context) -> Result:
         found = self.measure(ctx)
@@ -78,10 +96,9 @@ class Occlusion(Technique):
 
         x, target, model = ctx.images, ctx.target, ctx.model  # (N, C, H, W)
         height, width = x.shape[2:]
-        if self.window > min(height, width):
-            raise ConfigError(f"occlusion.window: {self.window} pixels do not fit a picture of {height} x {width}")
+        window, stride = self.pixels(height, width)
         cover = baseline(ctx, self.baseline)
-        boxes = windows(height, width, self.window, self.stride, self.convention)
+        boxes = windows(height, width, window, stride, self.convention)
         masks = torch.zeros((len(boxes), height, width), device=x.device, dtype=torch.bool)
         for mask, (top, bottom, left, right) in zip(masks, boxes, strict=True):
             mask[top:bottom, left:right] = True

@@ -118,6 +118,21 @@ def test_windows_that_cannot_be():
         run(Occlusion(window=9, stride=2), linear_model(8))
 
 
+@pytest.mark.parametrize(
+    ("params", "side", "expected"),
+    [({}, 224, (32, 16)), ({}, 8, (2, 1)), ({}, 32, (5, 2)), ({"window": 9, "stride": 0.1}, 50, (9, 5)), ({"window": 1, "stride": 1}, 4, (1, 1)), ({}, 1, (1, 1))],
+)
+def test_sizes_in_pixels_or_as_a_share(params, side, expected):
+    assert Occlusion(**params).pixels(side, side + 3) == expected
+
+
+def test_sizes_that_make_no_sense():
+    with pytest.raises(ConfigError, match="whole number of pixels"):
+        Occlusion.build({"window": 3.5})
+    with pytest.raises(ConfigError, match="leave gaps"):
+        Occlusion(window=3, stride=0.5).pixels(20, 20)
+
+
 def test_noise_belongs_to_the_picture():
     model = linear_model(8)
     first = run(Occlusion(target=1, window=4, stride=4, baseline="noise"), model)[2]

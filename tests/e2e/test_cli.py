@@ -1,0 +1,319 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.cli.main import COMMANDS, invoke
+
+FAST = ["-d", "digits_test", "--limit", "12", "--profile", "quick", "-p", "class_visualization.steps=5"]
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, code=0):
+        found = invoke([str(w) for w in words])
+        out, err = capsys.readouterr()
+        assert found == code, out + err
+        assert "Traceback" not in err
+        return out, err
+
+    return run
+
+
+def python(*words, **options):
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, **options)
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = "import sys; from harness.cli.main import invoke; invoke(['--help']); print([m for m in ('torch', 'mlflow', 'matplotlib', 'weasyprint', 'numpy', 'pydantic') if m in sys.modules])"
+    assert python("-c", code).stdout.strip().endswith("[]")
+    best = min(_seconds("-m", "harness", "--help") for _ in range(3))
+    assert best < 0.5
+
+
+def _seconds(*words):
+    begun = time.monotonic()
+    assert python(*words).returncode == 0
+    return time.monotonic() - begun
+
+
+def test_a_cached_run_answers_without_torch(tmp_path):
+    words = ["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--limit", "3"]
+    assert python("-m", "harness", *words).returncode == 0
+    code = f"import sys; from harness.cli.main import invoke; assert invoke({words}) == 0; print('torch' in sys.modules)"
+    done = python("-c", code)
+    assert "reused" in done.stderr
+    assert done.stdout.strip().endswith("False")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(cli, command):
+    assert "Usage: harness" in cli(command, "--help")[0]
+
+
+def test_listings(cli):
+    for command, name in [("techniques", "saliency"), ("models", "squeezenet1_1"), ("datasets", "imagenet_samples")]:
+        assert name in cli(command)[0]
+        assert name in [item["name"] for item in json.loads(cli(command, "--json")[0])]
+
+
+def test_show(cli):
+    out, _ = cli("show", "squeezenet1_1")
+    assert "features.3.expand3x3" in out
+    assert "256 x 13 x 13" in out
+    assert json.loads(cli("show", "digits_cnn", "--json")[0])[0]["receptive_field"] == 3
+    assert "window = 0.143" in cli("show", "occlusion")[0]
+    assert "window" in json.loads(cli("show", "occlusion", "--json")[0])["properties"]
+    assert "pictures: 1797" in cli("show", "digits")[0]
+    assert "did you mean 'saliency'" in cli("show", "salency", code=2)[1]
+
+
+def test_doctor(cli):
+    out, _ = cli("doctor")
+    assert "PROBLEM" not in out
+    assert "absent   weights of vgg16: on a machine with a network download" in out
+
+
+def test_audit_report_and_verify(cli, tmp_path):
+    out, err = cli("audit", "digits_cnn", *FAST, "-o", "a")
+    assert out.split() == ["a/report.html", "a/report.pdf", "a/report.json"]
+    assert "6/6" in err
+    # the same runs, from the tracking store alone: the same bytes
+    cli("report", "audit-digits_cnn", "-o", "b")
+    for name in ("report.html", "report.pdf", "report.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert "reused" in cli("audit", "digits_cnn", *FAST, "-o", "c", "--format", "json")[1]
+    assert not (tmp_path / "c" / "report.html").exists()
+    out, _ = cli("verify", "a")
+    assert "6 of 6 runs as the report claims" in out
+    assert out.count("same bits") == 6
+    claims = json.loads((tmp_path / "a" / "report.json").read_text())
+    claims["runs"][0]["metrics"][0]["value"] += 0.5
+    (tmp_path / "a" / "report.json").write_text(json.dumps(claims))
+    assert "differs: confidence was" in cli("verify", "a", code=1)[0]
+
+
+def test_compare_puts_models_side_by_side(cli, tmp_path):
+    cli("compare", "digits_cnn", "digits_linear", *FAST, "-o", "c", "--format", "html")
+    text = (tmp_path / "c" / "report.html").read_text()
+    assert "not applicable" in text  # the linear model has no convolution
+    assert "<h5>digits_linear</h5>" in text
+    assert "two different models" in cli("compare", "digits_cnn", code=2)[1]
+
+
+def test_an_experiment_file(cli, tmp_path):
+    (tmp_path / "e.yaml").write_text(
+        "name: maps\nmodels: [digits_cnn, digits_resnet]\ndatasets: [digits_test]\ntechniques:\n  - saliency: {values: {sweep: [absolute, signed]}}\nlimit: 3\n"
+    )
+    out, err = cli("run", "e.yaml")
+    assert "4 of 4 runs finished" in out
+    assert err.count("saliency on digits_resnet, digits_test") == 2
+    assert "4/4 saliency on digits_resnet, digits_test: reused" in cli("run", "e.yaml")[1]
+    cli("report", "maps", "--format", "html")
+    assert (tmp_path / "out" / "maps" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "-m", "squeeznet1_1", "-d", "digits", "-t", "saliency"], "no model 'squeeznet1_1'; did you mean 'squeezenet1_1'"),
+        (["run", "-m", "digits_cnn", "-d", "digit", "-t", "saliency"], "did you mean 'digits'"),
+        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "salience"], "did you mean 'saliency'"),
+        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "-p", "vaules=signed"], "did you mean 'values'"),
+        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "-p", "values=sined"], "saliency.values: input should be 'absolute' or 'signed'"),
+        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--device", "tpu"], "choose auto, cpu"),
+        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--select", "a"], "write picture numbers with commas"),
+        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--select", "99999"], "there is no picture 99999"),
+        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "-t", "occlusion", "-p", "window=3"], "write TECHNIQUE.window=VALUE"),
+        (["run", "-m", "digits_cnn", "-t", "saliency"], "name a dataset"),
+        (["run", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["run", "x.yaml", "-m", "digits_cnn"], "not both"),
+        (["run"], "give an experiment file"),
+        (["audit", "alexnet"], "weights of 'alexnet' are not here"),
+        (["verify", "nowhere"], "has report.json"),
+        (["report", "nowhere"], "no experiment 'nowhere'"),
+        (["report", "nowhere", "--format", "docx"], "no renderer 'docx'"),
+        (["train", "digit_cnn"], "no recipe 'digit_cnn'; did you mean 'digits_cnn'"),
+        (["plugin", "check", "nothing"], "no installed package 'nothing'"),
+        (["plugin", "new", "Bad Name"], "use lower-case letters"),
+        (["-r", "nowhere.yaml", "models"], "nowhere.yaml: cannot be read"),
+        (["audti"], "no command 'audti'; did you mean 'audit'"),
+    ],
+)
+def test_bad_words_get_one_line_and_exit_code_2(cli, words, message, monkeypatch):
+    from harness import weights
+
+    monkeypatch.setattr(weights.TorchvisionWeights, "fetch", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    _, err = cli(*words, code=2)
+    assert message in err
+    assert len([line for line in err.splitlines() if line]) == 1, err
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert invoke(["--debug", "show", "nothing"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def pictures(folder: Path, **extra: bytes) -> Path:
+    folder.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / "a.png")
+    for name, content in extra.items():
+        (folder / f"{name}.png").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "empty (0 bytes)"), (b"rubbish", "not a picture")])
+def test_a_broken_picture_is_named_and_loses_nothing(cli, tmp_path, content, message):
+    pictures(tmp_path / "set", broken=content)
+    out, err = cli("run", "-m", "digits_cnn", "-d", "./set", "-t", "first_layer_filters", "-t", "saliency", code=2)
+    assert f"broken.png: the file is {message}" in err or f"broken.png: {message}" in err
+    assert "1 of 2 runs finished" in out
+
+
+def test_pictures_of_any_kind_run(cli, tmp_path):
+    root = pictures(tmp_path / "set")
+    Image.new("L", (1, 1), 3).save(root / "dot.png")
+    Image.new("RGB", (6000, 4000), "red").save(root / "large.jpg")
+    Image.new("CMYK", (30, 30)).save(root / "cmyk.jpg")
+    Image.new("RGBA", (30, 30)).save(root / "rgba.png")
+    Image.fromarray(np.full((30, 30), 30000, np.uint16)).save(root / "sixteen.png")
+    out, _ = cli("run", "-m", "squeezenet1_1", "-d", "./set", "-t", "saliency")
+    assert "1 of 1 runs finished" in out
+
+
+def test_an_output_folder_that_cannot_be_written(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    _, err = cli("audit", "digits_cnn", *FAST, "-o", "file/sub", code=2)
+    assert "the report cannot be written there" in err
+    assert "predictions" not in err  # said before the work, not after
+
+
+def test_runs_that_cannot_be_kept(cli, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HARNESS_RUNS", str(tmp_path / "file" / "runs"))
+    _, err = cli("run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--limit", "2", code=2)
+    assert "HARNESS_RUNS" in err
+
+
+def test_an_unreachable_server_is_told_within_seconds(cli, own_state):
+    begun = time.monotonic()
+    out, err = cli("run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--limit", "2", "--tracking-uri", "http://127.0.0.1:9")
+    assert time.monotonic() - begun < 30
+    assert err.count("does not answer") == 1
+    assert str(own_state / "spool") in out
+    assert "1 runs sent" in cli("sync")[0]
+    assert "0 runs sent" in cli("sync")[0]
+    assert "saliency on digits_cnn, digits: reused" in cli("run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--limit", "2")[1]
+
+
+def test_an_audit_without_its_server_still_reports(cli, tmp_path):
+    cli("audit", "digits_linear", *FAST, "-o", "a", "--format", "html", "--tracking-uri", "http://127.0.0.1:9")
+    assert (tmp_path / "a" / "report.html").exists()
+
+
+KILLED = """
+name: killed
+models: [digits_cnn, digits_resnet]
+datasets: [digits_test]
+techniques:
+  - saliency
+  - occlusion: {window: 3, stride: 1}
+  - class_visualization: {steps: {sweep: [20, 300, 21]}}
+limit: 40
+"""
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path, own_state):
+    """kill -9, start again: finished runs are not repeated, and the result is that of an undisturbed run."""
+    (tmp_path / "k.yaml").write_text(KILLED)
+    words = [sys.executable, "-m", "harness", "run", "k.yaml"]
+    first = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    seen = 0
+    for text in first.stderr:
+        seen += ": " in text and text[0].isdigit()
+        if seen == 4:
+            break
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    first.stderr.close()
+    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("reused") >= 4
+    assert again.stderr.count("reused") < 10
+    undisturbed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "HARNESS_RUNS": str(tmp_path / "other")})
+    assert undisturbed.returncode == 0
+    assert undisturbed.stderr.count("reused") == 0
+
+    from harness.tracking import tracker_for, tracking_uri
+
+    results = []
+    for root in (own_state, tmp_path / "other"):
+        _, runs = tracker_for(tracking_uri("", root), root).load("killed")
+        results.append([(r.record.key, {a.name: a.sha256 for a in r.record.artifacts}, [(m.name, m.value) for m in r.record.metrics]) for r in runs])
+    assert results[0] == results[1]
+    assert len(results[0]) == 10
+    client = tracker_for(tracking_uri("", own_state), own_state).client
+    parents = client.search_runs([client.get_experiment_by_name("killed").experiment_id], "tags.`harness.kind` = 'experiment'")
+    assert [p.info.status for p in parents] == ["FINISHED"]  # the interrupted one was taken up again
+
+
+def test_training_gives_the_shipped_bytes(cli, tmp_path, registry):
+    """A recipe, its data, seed and versions determine the weights."""
+    import torch
+
+    out, _ = cli("train", "digits_linear", "-o", "w", "--device", "cpu")
+    card = json.loads((tmp_path / "w" / "digits_linear.json").read_text())
+    assert card["accuracy"]["test"] > 0.95
+    assert card["sha256"] in out
+    import harness
+
+    shipped = json.loads((Path(harness.__file__).parent / "data" / "digits_linear.json").read_text())
+    if card["versions"] == shipped["versions"] and torch.get_num_threads() == 2:
+        assert card["final_loss"] == pytest.approx(shipped["final_loss"], rel=1e-3)
+
+
+def test_a_recipe_is_trained_for_its_model(cli, tmp_path, registry):
+    (tmp_path / "r.yaml").write_text(
+        "models:\n  mine:\n    builder: harness.nets:DigitsLinear\n    weights: recipe:digits_linear\n    classes: digits\n    input: {channels: 1, size: 8, mean: [0.305], std: [0.376]}\n"
+    )
+    assert "run `harness train digits_linear`" in cli("-r", "r.yaml", "run", "-m", "mine", "-d", "digits_test", "-t", "predictions", code=2)[1]
+    cli("train", "digits_linear", "--device", "cpu")
+    cli("-r", "r.yaml", "run", "-m", "mine", "-d", "digits_test", "-t", "predictions")
+
+
+def test_a_new_plugin_works_as_it_is(cli, tmp_path, monkeypatch):
+    out, _ = cli("plugin", "new", "my_maps")
+    folder = tmp_path / "harness-my-maps"
+    assert str(folder.name) in out
+    assert "exists already" in cli("plugin", "new", "my_maps", code=2)[1]
+    monkeypatch.syspath_prepend(folder)
+    import importlib
+
+    from harness.testing import check_technique
+
+    assert check_technique(importlib.import_module("harness_my_maps").MyMaps) == []
+    compile((folder / "tests" / "test_my_maps.py").read_text(), "test", "exec")
+    assert 'my_maps = "harness_my_maps"' in (folder / "pyproject.toml").read_text()
+
+
+def test_checking_a_package(cli):
+    out, _ = cli("plugin", "check", "harness_saliency")
+    assert "ok      saliency" in out
+
+
+def test_output_into_a_closed_pipe_is_quiet():
+    done = subprocess.run(f"{sys.executable} -m harness techniques --json | head -c 1", shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
