@@ -29,7 +29,27 @@ _HOMES = {
     "hookimpl": "hookspecs",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "Arrays",
+    "ConfigError",
+    "Context",
+    "Curve",
+    "HarnessError",
+    "Heatmaps",
+    "Images",
+    "Metric",
+    "NotApplicable",
+    "Paper",
+    "Param",
+    "Result",
+    "Scatter",
+    "Table",
+    "TargetSpec",
+    "Technique",
+    "Use",
+    "__version__",
+    "hookimpl",
+]
 
 if TYPE_CHECKING:
     from .artifacts import Arrays, Curve, Heatmaps, Images, Scatter, Table

@@ -72,7 +72,7 @@ class Artifact:
         data = {name: _pack(array) for name, array in arrays.items()}
         text = json.dumps(meta, ensure_ascii=False, sort_keys=True, default=_plain)
         data["meta"] = np.frombuffer(text.encode(), dtype=np.uint8)
-        np.savez(path, allow_pickle=False, **data)  # type: ignore[arg-type]
+        np.savez(path, allow_pickle=False, **data)
 
 
 def _plain(value: Any) -> Any:

@@ -61,7 +61,8 @@ def _import(entry: ModelEntry, path: str) -> Any:
             if not file.is_file():
                 raise ConfigError(f"{entry.where}: builder {path!r}: there is no file {file}")
             spec = importlib.util.spec_from_file_location(f"harness_user_{file.stem}", file)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)

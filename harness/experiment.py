@@ -1,13 +1,13 @@
 """Experiment YAML -> a list of runs: models x datasets x techniques x parameters x seeds.
 
-    name: maps
-    models: [squeezenet1_1, resnet18@random]
-    datasets: [imagenet_samples]
-    techniques:
-      - saliency
-      - occlusion: {window: 32, stride: {sweep: [8, 16]}}
-    seeds: [0, 1]
-    limit: 8
+name: maps
+models: [squeezenet1_1, resnet18@random]
+datasets: [imagenet_samples]
+techniques:
+  - saliency
+  - occlusion: {window: 32, stride: {sweep: [8, 16]}}
+seeds: [0, 1]
+limit: 8
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def load_experiment(path: Path, plugins: Plugins, **override: Any) -> Experiment
     for i, item in enumerate(file.techniques):
         location: tuple[str | int, ...] = ("techniques", i)
         if isinstance(item, str):
-            name, params = item, {}
+            name = item
+            params: Mapping[str, Any] = {}
         elif len(item) == 1:
             name, params = next((k, v or {}) for k, v in item.items())
             location = (*location, name)

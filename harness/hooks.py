@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-
 ANSWER = ""  # stands for what the whole model gives among layer names
 
 

@@ -8,7 +8,7 @@ where an unknown function comes in between, the columns stay empty.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 

@@ -150,7 +150,9 @@ class LoadedModel:
             return matches[0]
         if matches:
             raise ConfigError(f"class {text!r} is the name of {' and '.join(map(str, matches))} in model {self.name!r}; give the index")
-        raise ConfigError(f"no class {text!r} in model {self.name!r}{did_you_mean(text, self.classes) or f'; give an index from 0 to {count - 1}'}")
+        raise ConfigError(
+            f"no class {text!r} in model {self.name!r}{did_you_mean(text, self.classes) or f'; give an index from 0 to {count - 1}'}"
+        )
 
     def class_name(self, index: int) -> str:
         return self.classes[index] if index < len(self.classes) else str(index)
@@ -192,6 +194,4 @@ def _bit_sum(tensor: Tensor) -> Tensor:
 def load_model(name: str, registry: Registry, device: str | torch.device = "cpu") -> LoadedModel:
     """The model of a registry name (or `NAME@random[:SEED]`) on a device."""
     entry = registry.model(name)
-    return LoadedModel(
-        build_module(name, entry), entry.input, name, class_names(entry.classes), device, weights_hash(name, entry)
-    )
+    return LoadedModel(build_module(name, entry), entry.input, name, class_names(entry.classes), device, weights_hash(name, entry))

@@ -170,11 +170,12 @@ class Runner:
         """A run of that key from this session, the spool or the store."""
         if key in self.session.done:
             return self.session.done[key]
-        found = self.session.spool.find(key)
+        found: StoredRun | None = self.session.spool.find(key)
         if found is None and not self.session.offline:
             for impl in reversed(self.plugins.manager.hook.harness_find_run.get_hookimpls()):
                 try:
-                    found = impl.function(session=self.session, key=key)
+                    answer: Any = impl.function(session=self.session, key=key)
+                    found = answer
                 except HarnessError as error:
                     self.session.offline = True
                     self.session.warning(str(error))
@@ -382,7 +383,11 @@ def _with_inputs(result: Result, ctx: Any, wanted: bool) -> Result:
     """The pictures a technique looked at belong to its record: maps are drawn over them."""
     if not wanted:
         return result
-    names = [f"{i}: {ctx.model.class_name(c)}" for i, c in zip(ctx.ids, ctx.labels.tolist(), strict=True)] if ctx.labels is not None else ctx.ids
+    names = (
+        [f"{i}: {ctx.model.class_name(c)}" for i, c in zip(ctx.ids, ctx.labels.tolist(), strict=True)]
+        if ctx.labels is not None
+        else ctx.ids
+    )
     inputs = Images(INPUTS, ctx.images, captions=names, caption="The pictures as the model takes them.")
     return replace(result, artifacts=[*result.artifacts, inputs])
 

@@ -8,7 +8,7 @@ from string import Template
 from .errors import ConfigError, StorageError
 from .technique import SLUG
 
-PYPROJECT = Template('''\
+PYPROJECT = Template("""\
 [build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
@@ -25,7 +25,7 @@ $slug = "$package"
 
 [tool.hatch.build.targets.wheel]
 packages = ["$package"]
-''')
+""")
 
 MODULE = Template('''\
 """The technique $slug for vision-harness."""
@@ -57,7 +57,7 @@ def harness_techniques():
     return [$cls]
 ''')
 
-TEST = Template('''\
+TEST = Template("""\
 from $package import $cls
 
 from harness.testing import check_technique
@@ -65,7 +65,7 @@ from harness.testing import check_technique
 
 def test_keeps_the_rules():
     assert check_technique($cls) == []
-''')
+""")
 
 
 def scaffold(name: str, where: Path) -> Path:

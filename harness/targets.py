@@ -51,9 +51,11 @@ class Target:
             return output.gather(1, self.classes[rows].unsqueeze(1)).squeeze(1)
         if not self.unit:
             return output.flatten(1).square().sum(1) / 2
-        if self.single:
-            return output[(slice(None), *self.unit)]
-        return output[:, self.unit[0]].flatten(1).mean(1)
+        if not self.single:
+            return output[:, self.unit[0]].flatten(1).mean(1)
+        for place in self.unit:
+            output = output[:, place]
+        return output
 
     def probability(self, output: Tensor, rows: Rows = slice(None)) -> Tensor | None:
         """(n,) softmax probability of the class, or None where the target is not a class."""

@@ -65,15 +65,15 @@ class DeviceGuard(TorchFunctionMode):
 @contextmanager
 def global_seeds(seed: int) -> Iterator[Callable[[], bool]]:
     """Set the global generators; the function given says whether they are still as set. They return at the end."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # the global generator is what is watched
     torch.manual_seed(seed)
-    mine = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[union-attr]
+    mine = random.getstate(), repr(np.random.get_state(legacy=False)), torch.get_rng_state()  # noqa: NPY002
 
     def untouched() -> bool:
-        now = np.random.get_state()[1]  # type: ignore[index]
-        return random.getstate() == mine[0] and np.array_equal(now, mine[1]) and torch.equal(torch.get_rng_state(), mine[2])
+        same_numpy = repr(np.random.get_state(legacy=False)) == mine[1]  # noqa: NPY002
+        return random.getstate() == mine[0] and same_numpy and torch.equal(torch.get_rng_state(), mine[2])
 
     try:
         yield untouched
@@ -126,7 +126,9 @@ def same(a: Result, b: Result, rtol: float = 0.0, atol: float = 0.0) -> bool:
         (mx, ax), (my, ay) = x.parts(), y.parts()
         if ax.keys() != ay.keys() or (atol == rtol == 0 and json.dumps(mx, default=str) != json.dumps(my, default=str)):
             return False
-        if not all(np.allclose(ax[k], ay[k], rtol=rtol, atol=atol) if ax[k].dtype.kind in "fc" else np.array_equal(ax[k], ay[k]) for k in ax):
+        if not all(
+            np.allclose(ax[k], ay[k], rtol=rtol, atol=atol) if ax[k].dtype.kind in "fc" else np.array_equal(ax[k], ay[k]) for k in ax
+        ):
             return False
     return all(np.isclose(x.value, y.value, rtol=rtol, atol=atol) for x, y in zip(a.metrics, b.metrics, strict=True))
 
@@ -207,5 +209,3 @@ def _survives(found: Sequence[Artifact]) -> list[str]:
             if not same(Result([artifact]), Result([back])):
                 problems.append(f"artifact {artifact.name!r} changes when it is stored")
     return problems
-
-

@@ -88,10 +88,14 @@ class Tracker:
             yield
         except (MlflowException, OSError, sqlite3.Error) as error:
             problem = " ".join(str(error).split())[:200]
-            raise TrackingError(f"tracking store {self.uri} failed ({problem}); results stay in {self.root / 'spool'}: send them later with `harness sync`") from error
+            raise TrackingError(
+                f"tracking store {self.uri} failed ({problem}); results stay in {self.root / 'spool'}: send them later with `harness sync`"
+            ) from error
         except Exception as error:
             if type(error).__module__.startswith("sqlalchemy"):
-                raise TrackingError(f"tracking store {self.uri} failed ({type(error).__name__}); results stay in {self.root / 'spool'}") from error
+                raise TrackingError(
+                    f"tracking store {self.uri} failed ({type(error).__name__}); results stay in {self.root / 'spool'}"
+                ) from error
             raise
 
     # -- writing -----------------------------------------------------------------------------------------------------
@@ -119,7 +123,12 @@ class Tracker:
             if running:
                 self._parents[digest] = running[0].info.run_id
             else:
-                tags = {"mlflow.runName": name, "harness.kind": "experiment", "harness.experiment": digest, "harness.command": command[:_TAG_LENGTH]}
+                tags = {
+                    "mlflow.runName": name,
+                    "harness.kind": "experiment",
+                    "harness.experiment": digest,
+                    "harness.command": command[:_TAG_LENGTH],
+                }
                 self._parents[digest] = self.client.create_run(experiment, tags=tags).info.run_id
         return self._parents[digest]
 
@@ -226,7 +235,9 @@ class Tracker:
 
                 raise unknown("experiment", name, self.experiments(), f"in {self.uri};")
             ids = [experiment.experiment_id]
-            parents = self.client.search_runs(ids, "tags.`harness.kind` = 'experiment'", max_results=1, order_by=["attributes.start_time DESC"])
+            parents = self.client.search_runs(
+                ids, "tags.`harness.kind` = 'experiment'", max_results=1, order_by=["attributes.start_time DESC"]
+            )
             if not parents:
                 raise ConfigError(f"experiment {name!r} in {self.uri} holds no runs of harness")
             parent = parents[0]
@@ -239,7 +250,9 @@ class Tracker:
                     found = self.client.get_run(item["mlflow_run"]) if item.get("mlflow_run") else None
                     run = self._stored(found) if found else None
                     if run is None:
-                        raise ConfigError(f"experiment {name!r}: the files of run {item['key'][:12]} are gone from {self.uri}; run it again")
+                        raise ConfigError(
+                            f"experiment {name!r}: the files of run {item['key'][:12]} are gone from {self.uri}; run it again"
+                        )
                     runs.append(run)
                 return manifest, runs
             children = self.client.search_runs(

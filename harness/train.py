@@ -23,7 +23,9 @@ from .registry import ModelEntry, RecipeEntry, Registry
 from .runner import versions
 
 
-def train(name: str, registry: Registry, folder: Path, device: str = "auto", report: Callable[[str, int, int], None] | None = None) -> tuple[Path, dict[str, Any]]:
+def train(
+    name: str, registry: Registry, folder: Path, device: str = "auto", report: Callable[[str, int, int], None] | None = None
+) -> tuple[Path, dict[str, Any]]:
     """Follow recipe `name`; write `NAME.safetensors` and its card `NAME.json` into `folder`; (weights file, card).
 
     SGD with momentum and a cosine schedule, cross-entropy, random shifts. Same recipe, versions and device: same bytes.
@@ -31,7 +33,9 @@ def train(name: str, registry: Registry, folder: Path, device: str = "auto", rep
     from safetensors.torch import save_file
 
     recipe = registry.recipe(name)
-    entry = ModelEntry(builder=recipe.builder, args=recipe.args, weights=f"random:{recipe.seed}", input=recipe.input, classes=recipe.classes)
+    entry = ModelEntry(
+        builder=recipe.builder, args=recipe.args, weights=f"random:{recipe.seed}", input=recipe.input, classes=recipe.classes
+    )
     entry._where, entry._folder = recipe.where, recipe.folder
     data, test = load_dataset(recipe.dataset, registry), load_dataset(recipe.test_dataset, registry)
     if data.labels is None or test.labels is None:
@@ -72,7 +76,9 @@ def _fit(module: nn.Module, recipe: RecipeEntry, data: Dataset, device: str, rep
     mean = torch.tensor(recipe.input.mean, device=device).view(1, -1, 1, 1)
     std = torch.tensor(recipe.input.std, device=device).view(1, -1, 1, 1)
     generator = torch.Generator("cpu").manual_seed(stable_seed("recipe", recipe.seed))
-    optimiser = torch.optim.SGD(module.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
+    optimiser = torch.optim.SGD(
+        module.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0
+    )
     batches = -(-len(x) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs * batches)
     losses = []
@@ -80,11 +86,11 @@ def _fit(module: nn.Module, recipe: RecipeEntry, data: Dataset, device: str, rep
         module.train()
         order = torch.randperm(len(x), generator=generator, device="cpu").to(device)
         total = torch.zeros((), device=device)
-        for rows in order.split(recipe.batch_size):
+        for rows in torch.split(order, recipe.batch_size):
             images = _shifted((x[rows] - mean) / std, recipe.shift, generator)
             loss = F.cross_entropy(module(images), y[rows])
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
             optimiser.step()
             schedule.step()
             total += loss.detach() * len(rows)

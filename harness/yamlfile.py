@@ -53,7 +53,7 @@ class YamlFile:
 def _in_file(value: Any, location: tuple[Any, ...], key: Any) -> bool:
     for part in location:
         if part == key:
-            return isinstance(value, Mapping) and key in value or key == location[-1]
+            return (isinstance(value, Mapping) and key in value) or key == location[-1]
         if isinstance(value, Mapping) and part in value:
             value = value[part]
     return False

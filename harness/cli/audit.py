@@ -23,17 +23,33 @@ PROFILES = ("quick", "standard", "full")
 @click.option("--format", "formats", multiple=True, help="html, pdf, json; default all three.")
 @run_options
 @click.pass_obj
-def command(state: State, model: str, dataset: str, output: Path | None, **options: Any) -> int:
+def command(state: State, /, model: str, dataset: str, output: Path | None, **options: Any) -> int:
     """Audit a model: run a profile's techniques and write a report."""
     folder = output or Path("out") / f"audit-{slug(model)}"
     return audit(state, [model], dataset, folder, f"audit-{slug(model)}", f"Audit of {model} on {dataset}", "audit", **options)
 
 
 def audit(
-    state: State, models: Sequence[str], dataset: str, folder: Path, name: str, title: str, verb: str, *, profile: str, params: Sequence[str],
-    formats: Sequence[str], seed: int, limit: int | None, select: str | None, device: str, precision: str, max_batch: int,
-    tracking_uri: str, no_cache: bool,
-) -> int:  # fmt: skip
+    state: State,
+    models: Sequence[str],
+    dataset: str,
+    folder: Path,
+    name: str,
+    title: str,
+    verb: str,
+    *,
+    profile: str,
+    params: Sequence[str],
+    formats: Sequence[str],
+    seed: int,
+    limit: int | None,
+    select: str | None,
+    device: str,
+    precision: str,
+    max_batch: int,
+    tracking_uri: str,
+    no_cache: bool,
+) -> int:
     """Run the profile on each model and report; the audit of one model and the comparison of several."""
     from ..errors import StorageError
     from ..experiment import Experiment, expand

@@ -15,11 +15,18 @@ from .main import State
 @click.option("-d", "--dataset", default="imagenet_samples", show_default=True, help="Dataset, or a folder's path.")
 @click.option("--profile", type=click.Choice(PROFILES), default="standard", show_default=True, help="How much to run.")
 @click.option("-p", "--param", "params", multiple=True, metavar="TECHNIQUE.NAME=VALUE", help="Change a parameter of the profile.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), default=Path("out/compare"), show_default=True, help="Folder of the report.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("out/compare"),
+    show_default=True,
+    help="Folder of the report.",
+)
 @click.option("--format", "formats", multiple=True, help="html, pdf, json; default all three.")
 @run_options
 @click.pass_obj
-def command(state: State, models: tuple[str, ...], dataset: str, output: Path, **options: Any) -> int:
+def command(state: State, /, models: tuple[str, ...], dataset: str, output: Path, **options: Any) -> int:
     """Compare models: the same techniques on each, side by side in one report."""
     from ..errors import ConfigError
 

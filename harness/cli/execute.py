@@ -54,8 +54,20 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--limit", type=click.IntRange(min=1), help="Use this many pictures, spread evenly over the dataset."),
             click.option("--select", metavar="I,J,...", help="Use these pictures, by number."),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
-            click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="Below float32: autocast."),
-            click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures in flight at once, perturbed copies included."),
+            click.option(
+                "--precision",
+                type=click.Choice(["float32", "bfloat16", "float16"]),
+                default="float32",
+                show_default=True,
+                help="Below float32: autocast.",
+            ),
+            click.option(
+                "--max-batch",
+                type=click.IntRange(min=1),
+                default=32,
+                show_default=True,
+                help="Pictures in flight at once, perturbed copies included.",
+            ),
             click.option("--tracking-uri", default="", help="MLflow store; default $MLFLOW_TRACKING_URI or the run folder's own."),
             click.option("--no-cache", is_flag=True, help="Run again what is finished already."),
         )
@@ -64,7 +76,9 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def execute(state: State, experiment: Experiment, *, tracking_uri: str = "", use_cache: bool = True, root: Path | None = None) -> tuple[Session, list[Outcome]]:
+def execute(
+    state: State, experiment: Experiment, *, tracking_uri: str = "", use_cache: bool = True, root: Path | None = None
+) -> tuple[Session, list[Outcome]]:
     """Run all of it, with a progress bar on a terminal and plain lines elsewhere."""
     from ..paths import runs_folder
     from ..runner import Runner, Session
@@ -75,7 +89,7 @@ def execute(state: State, experiment: Experiment, *, tracking_uri: str = "", use
     return session, outcomes
 
 
-class progress:  # noqa: N801  # used as a with-statement's verb
+class progress:  # used as a with-statement's verb
     """Watches a runner."""
 
     def __init__(self) -> None:
@@ -87,7 +101,13 @@ class progress:  # noqa: N801  # used as a with-statement's verb
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.fields[place]} {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.fields[place]} {task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[what]}"),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
         return self.see
@@ -120,7 +140,9 @@ def line(outcome: Outcome) -> str:
     return text + ("reused" if outcome.how == "reused" else f"{record.seconds:.1f} s")
 
 
-def write_reports(state: State, runs: Sequence[Any], title: str, name: str, command: str, formats: Sequence[str], folder: Path) -> list[Path]:
+def write_reports(
+    state: State, runs: Sequence[Any], title: str, name: str, command: str, formats: Sequence[str], folder: Path
+) -> list[Path]:
     """Render a report in each format into a folder."""
     from ..errors import StorageError
     from ..record import ReportInput

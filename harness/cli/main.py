@@ -63,7 +63,14 @@ class State:
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("-r", "--registry", "registries", multiple=True, type=click.Path(path_type=Path), help="A registry file laid over the shipped one; may be repeated.")
+@click.option(
+    "-r",
+    "--registry",
+    "registries",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A registry file laid over the shipped one; may be repeated.",
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of errors.")
 @click.version_option(__version__, prog_name="vision-harness")
 @click.pass_context

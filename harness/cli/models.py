@@ -21,7 +21,16 @@ def command(state: State, as_json: bool) -> None:
             present, hint = weights_present(name, entry) if entry.file or not entry.weights.startswith("torchvision:") else (False, "")
         except HarnessError as error:
             present, hint = False, str(error)
-        rows.append({"name": name, "weights": present, "description": entry.description, "builder": entry.builder, "where": entry.where, "obtain": hint})
+        rows.append(
+            {
+                "name": name,
+                "weights": present,
+                "description": entry.description,
+                "builder": entry.builder,
+                "where": entry.where,
+                "obtain": hint,
+            }
+        )
     if as_json:
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return

@@ -14,7 +14,9 @@ def command() -> None:
 
 @command.command("new")
 @click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="Where to make the package's folder.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="Where to make the package's folder."
+)
 def new(name: str, output: Path) -> None:
     """Make a package with one technique, its entry point and its test."""
     from ..scaffold import scaffold

@@ -13,7 +13,9 @@ from .main import State
 @click.option("-m", "--model", "models", multiple=True, help="Model, or MODEL@random[:SEED]; may be repeated.")
 @click.option("-d", "--dataset", "datasets", multiple=True, help="Dataset, or a folder's path; may be repeated.")
 @click.option("-t", "--technique", "techniques", multiple=True, help="Technique; may be repeated.")
-@click.option("-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Parameter; with several techniques TECHNIQUE.NAME=VALUE.")
+@click.option(
+    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Parameter; with several techniques TECHNIQUE.NAME=VALUE."
+)
 @run_options
 @click.pass_obj
 def command(
@@ -38,7 +40,13 @@ def command(
         given = click.get_current_context().get_parameter_source
         override = {
             name: value
-            for name, value in {"limit": limit, "select": parse_list(select), "device": device, "precision": precision, "max_batch": max_batch}.items()
+            for name, value in {
+                "limit": limit,
+                "select": parse_list(select),
+                "device": device,
+                "precision": precision,
+                "max_batch": max_batch,
+            }.items()
             if (source := given(name)) is not None and source.name == "COMMANDLINE"
         }
         plan = load_experiment(experiment, plugins, **override)
@@ -53,7 +61,11 @@ def command(
         plan = Experiment("runs", runs, "Runs", runs[0].command([str(p) for p in state.registries]) if len(runs) == 1 else "")
     session, outcomes = execute(state, plan, tracking_uri=tracking_uri, use_cache=not no_cache)
     done = sum(o.run.record.status == "finished" for o in outcomes)
-    click.echo(f"{done} of {len(outcomes)} runs finished; see `harness report {plan.name} -o DIR`" if not session.offline else f"{done} of {len(outcomes)} runs finished; results are in {session.spool.root}")
+    click.echo(
+        f"{done} of {len(outcomes)} runs finished; see `harness report {plan.name} -o DIR`"
+        if not session.offline
+        else f"{done} of {len(outcomes)} runs finished; results are in {session.spool.root}"
+    )
     return exit_code(outcomes)
 
 

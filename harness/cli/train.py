@@ -9,7 +9,12 @@ from .main import State
 
 @click.command("train")
 @click.argument("recipe")
-@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Folder for the weights and their card; default the user's cache.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the weights and their card; default the user's cache.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.pass_obj
 def command(state: State, recipe: str, output: Path | None, device: str) -> None:

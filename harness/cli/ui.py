@@ -21,5 +21,16 @@ def command(state: State, port: int) -> None:
     if find_spec("mlflow.server.handlers") is None or find_spec("flask") is None:
         raise ConfigError("the web page comes with the extra 'ui': pip install 'vision-harness[ui]'")
     root = runs_folder()
-    words = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri("", root), "--host", "127.0.0.1", "--port", str(port)]
+    words = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        tracking_uri("", root),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     os.execv(sys.executable, words)  # noqa: S606  # fixed words; the server takes this process's place

@@ -11,7 +11,13 @@ from .main import State
 
 @click.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Largest relative difference of a metric that still counts as the same.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-4,
+    show_default=True,
+    help="Largest relative difference of a metric that still counts as the same.",
+)
 @click.option("--device", help="Run on this device instead of the report's own choice.")
 @click.pass_obj
 def command(state: State, folder: Path, tolerance: float, device: str | None) -> int:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from harness import Arrays, ConfigError, Images, Metric, Paper, Param, Result, Table, Technique, Use
+from harness.artifacts import Artifact
 from harness.datasets import Dataset, evenly
 
 from .search import nearest, vote
@@ -16,14 +17,17 @@ SPACES = ("pixels", "features")
 
 
 class NearestNeighbors(Technique):
-    """Nearest pictures in L2 over pixels and over features, d(a, b) = ||phi(a) - phi(b)||_2 (Krizhevsky et al. 2012, fig. 4), with precision@k, recall@k and a majority vote for both.
+    """Nearest pictures in L2 over pixels and over features, d(a, b) = ||phi(a) - phi(b)||_2 (Krizhevsky et al. 2012,
+    fig. 4), with precision@k, recall@k and a majority vote for both.
 
     Every picture is a query against all others. Cost: one forward pass a picture and two distance matrices, in blocks.
     """
 
     name = "nearest_neighbors"
     family = "representations"
-    paper = Paper("Krizhevsky, Sutskever, Hinton", 2012, "ImageNet Classification with Deep Convolutional Neural Networks", doi="10.1145/3065386")
+    paper = Paper(
+        "Krizhevsky, Sutskever, Hinton", 2012, "ImageNet Classification with Deep Convolutional Neural Networks", doi="10.1145/3065386"
+    )
     needs = frozenset({"dataset"})
     reading = (
         "Each row starts with a query; its neighbours follow, nearest first. Pixel neighbours share colours and layout, feature "
@@ -56,10 +60,19 @@ class NearestNeighbors(Technique):
             "features": nearest(features.data["features"], features.data["features"], self.k, self_),
         }
         shown = evenly(self.queries, count)
-        artifacts = [self._grid(ctx, dataset, space, shown, found[space]) for space in SPACES if shown]
+        artifacts: list[Artifact] = [self._grid(ctx, dataset, space, shown, found[space]) for space in SPACES if shown]
         arrays = {f"{space}.{part}": value for space in SPACES for part, value in zip(("indices", "distances"), found[space], strict=True)}
-        differ = [1 - len(set(a) & set(b)) / self.k for a, b in zip(found["pixels"][0].tolist(), found["features"][0].tolist(), strict=True)]
-        metrics = [Metric("neighbours_differ", float(np.mean(differ)), per_image=differ, about="share of a query's feature neighbours that are not among its pixel neighbours")]
+        differ = [
+            1 - len(set(a) & set(b)) / self.k for a, b in zip(found["pixels"][0].tolist(), found["features"][0].tolist(), strict=True)
+        ]
+        metrics = [
+            Metric(
+                "neighbours_differ",
+                float(np.mean(differ)),
+                per_image=differ,
+                about="share of a query's feature neighbours that are not among its pixel neighbours",
+            )
+        ]
         notes = []
         if dataset.labels is None:
             notes.append("the dataset has no labels: precision, recall and votes cannot be given")
@@ -73,7 +86,11 @@ class NearestNeighbors(Technique):
                 rows.append([space, *(float(v[able].mean()) if able.any() else None for v in numbers.values())])
                 for name, values in numbers.items():
                     if able.any():
-                        metrics.append(Metric(f"{name}.{space}", float(values[able].mean()), better="higher", per_image=values[able], about=ABOUT[name]))
+                        metrics.append(
+                            Metric(
+                                f"{name}.{space}", float(values[able].mean()), better="higher", per_image=values[able], about=ABOUT[name]
+                            )
+                        )
             artifacts.append(Table("quality", ["space", f"precision@{self.k}", f"recall@{self.k}", "vote accuracy"], rows))
         artifacts.append(Arrays("neighbours", arrays))
         return Result(artifacts, metrics, notes)
@@ -86,7 +103,14 @@ class NearestNeighbors(Technique):
                 tiles.append(dataset.pictures(ctx.model.input, i, i + 1)[0])
                 captions.append(f"query: {names[i]}" if rank == 0 else f"{names[i]}, {found[1][query][rank - 1]:.3g}")
         data = np.stack(tiles).transpose(0, 3, 1, 2).astype(np.float32) / 255
-        return Images(f"{space}_neighbours", data, captions=captions, columns=self.k + 1, exact=data.shape[-1] < 64, caption=f"Nearest in {space}: class and distance.")
+        return Images(
+            f"{space}_neighbours",
+            data,
+            captions=captions,
+            columns=self.k + 1,
+            exact=data.shape[-1] < 64,
+            caption=f"Nearest in {space}: class and distance.",
+        )
 
 
 ABOUT = {

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 class Predictions(Technique):
-    """What the model says about each picture, and how often it is right: top-1 and top-5 accuracy with a 95 % interval (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+    """What the model says about each picture, and how often it is right: top-1 and top-5 accuracy with a 95 %
+    interval (Wilson 1927, doi:10.1080/01621459.1927.10502953).
 
     Cost: one forward pass a picture.
     """
@@ -34,13 +35,18 @@ class Predictions(Technique):
         tops, chances = [], []
         with torch.no_grad():
             for _, images in ctx.stream():
-                p, top = model(images).softmax(1).topk(width, dim=1)
-                tops.append(top.cpu())
-                chances.append(p.cpu())
-        top, chance = torch.cat(tops).numpy(), torch.cat(chances).float().numpy()
+                best = model(images).softmax(1).topk(width, dim=1)
+                tops.append(best.indices.cpu())
+                chances.append(best.values.cpu())
+        top: np.ndarray = torch.cat(tops).numpy()
+        chance: np.ndarray = torch.cat(chances).float().numpy()
         labels = None if ctx.labels is None else ctx.labels.cpu().numpy()
         count = len(dataset)
-        metrics = [Metric("confidence", float(chance[:, 0].mean()), per_image=chance[:, 0], about="mean probability of the preferred class")]
+        metrics = [
+            Metric(
+                "confidence", float(chance[:, 0].mean()), per_image=chance[:, 0].tolist(), about="mean probability of the preferred class"
+            )
+        ]
         notes = []
         if labels is None:
             notes.append("the pictures have no labels that are classes of this model: accuracy cannot be given")
@@ -49,7 +55,7 @@ class Predictions(Technique):
                 right = (top[:, :places] == labels[:, None]).any(1)
                 low, high = wilson(int(right.sum()), count)
                 about = f"{int(right.sum())} of {count} right; 95 % interval {low:.3f} to {high:.3f}"
-                metrics.append(Metric(name, float(right.mean()), better="higher", per_image=right.astype(float), about=about))
+                metrics.append(Metric(name, float(right.mean()), better="higher", per_image=right.astype(float).tolist(), about=about))
         shown = evenly(self.pictures, count)
         rows = []
         for i in shown:

@@ -47,4 +47,8 @@ def captions(ctx: Context) -> list[str]:
 def zero_notes(maps: Tensor, ids: Sequence[str]) -> list[str]:
     """A sentence for each map that is zero everywhere, so that an empty picture is not read as a finding."""
     flat = (maps.flatten(1) == 0).all(1).tolist()
-    return [f"{name}: the map is zero everywhere; the score does not react to this picture" for name, zero in zip(ids, flat, strict=True) if zero]
+    return [
+        f"{name}: the map is zero everywhere; the score does not react to this picture"
+        for name, zero in zip(ids, flat, strict=True)
+        if zero
+    ]

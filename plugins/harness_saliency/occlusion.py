@@ -19,7 +19,8 @@ Convention = Literal["mean", "xplique", "zennit"]
 
 
 class Occlusion(Technique):
-    """Drop of the score when a window of the picture is covered, map(i, j) = mean over windows covering (i, j) of f(x) - f(x covered) (Zeiler & Fergus 2014, arXiv:1311.2901, sec. 4.2).
+    """Drop of the score when a window of the picture is covered, map(i, j) = mean over windows
+    covering (i, j) of f(x) - f(x covered) (Zeiler & Fergus 2014, arXiv:1311.2901, sec. 4.2).
 
     High means important. The last window of a row is cut at the edge, so that every pixel is covered. Convention
     'xplique' sums instead and leaves no partial windows; 'zennit' keeps only the window, covers the rest and sums the raw
@@ -40,13 +41,21 @@ class Occlusion(Technique):
     )
     audit = {"quick": {"window": 0.2, "stride": 0.2}, "standard": {}, "full": {"stride": 0.036}}
 
-    target: TargetSpec = Param("predicted", description="what is explained: predicted, labelled, a class, layer:NAME, channel:NAME:C, neuron:NAME:C,Y,X")
-    window: float = Param(0.143, gt=0, description="side of the covered square: pixels, or below 1 a share of the picture's shorter side (32 pixels at 224)")
-    stride: float = Param(0.0715, gt=0, description="distance between neighbouring windows, likewise (16 pixels at 224); at most the window")
+    target: TargetSpec = Param(
+        "predicted", description="what is explained: predicted, labelled, a class, layer:NAME, channel:NAME:C, neuron:NAME:C,Y,X"
+    )
+    window: float = Param(
+        0.143, gt=0, description="side of the covered square: pixels, or below 1 a share of the picture's shorter side (32 pixels at 224)"
+    )
+    stride: float = Param(
+        0.0715, gt=0, description="distance between neighbouring windows, likewise (16 pixels at 224); at most the window"
+    )
     baseline: Literal["grey", "mean", "black", "white", "blur", "noise"] = Param(
         "grey", description="what the window is covered with: 0.5, the picture's mean colour, 0, 1, a blurred copy, uniform noise"
     )
-    convention: Convention = Param("mean", description="how overlapping windows join: mean over them (ours, captum's), or as xplique or zennit do")
+    convention: Convention = Param(
+        "mean", description="how overlapping windows join: mean over them (ours, captum's), or as xplique or zennit do"
+    )
 
     @field_validator("window", "stride")
     @classmethod
@@ -120,7 +129,8 @@ class Occlusion(Technique):
         with torch.no_grad():
             score, chance = _joined(ctx.batched(len(x), clean))
             scores, chances = (v if v is None else v.view(len(x), len(boxes)) for v in _joined(ctx.batched(total, covered)))
-        assert score is not None and scores is not None
+        assert score is not None
+        assert scores is not None
         if self.convention == "zennit":
             return Measured(masks, scores, None, chance)
         return Measured(masks, score[:, None] - scores, None if chance is None or chances is None else chance[:, None] - chances, chance)

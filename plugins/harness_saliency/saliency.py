@@ -7,6 +7,8 @@ from harness import Heatmaps, Paper, Param, Result, TargetSpec, Technique
 from .measures import captions, concentration, zero_notes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from harness import Context
 
 
@@ -30,9 +32,13 @@ class Saliency(Technique):
     )
     audit = {"quick": {}, "standard": {}}
 
-    target: TargetSpec = Param("predicted", description="what is explained: predicted, labelled, a class, layer:NAME, channel:NAME:C, neuron:NAME:C,Y,X")
+    target: TargetSpec = Param(
+        "predicted", description="what is explained: predicted, labelled, a class, layer:NAME, channel:NAME:C, neuron:NAME:C,Y,X"
+    )
     values: Literal["absolute", "signed"] = Param("absolute", description="absolute: strength of the reaction; signed: also its direction")
-    channels: Literal["max", "sum"] = Param("max", description="how the colour channels of a pixel join: max takes the strongest, sum adds them")
+    channels: Literal["max", "sum"] = Param(
+        "max", description="how the colour channels of a pixel join: max takes the strongest, sum adds them"
+    )
     times_input: bool = Param(False, description="multiply the gradient by the pixel's value (gradient times input)")
 
     def run(self, ctx: Context) -> Result:
@@ -45,7 +51,7 @@ class Saliency(Technique):
         return Result([found], [concentration(maps)], zero_notes(maps, ctx.ids))
 
 
-def reduce_channels(gradient, values, channels):  # type: ignore[no-untyped-def]  # tensors are not imported at module level
+def reduce_channels(gradient: Tensor, values: str, channels: str) -> Tensor:
     """(N, C, H, W) -> (N, H, W). Signed 'max' keeps the sign of the channel that is strongest."""
     if values == "absolute":
         return gradient.abs().amax(1) if channels == "max" else gradient.abs().sum(1)

@@ -17,35 +17,31 @@ _LR_100 = 100 / 255**2
 
 # The notes' plain recipe and the four settings that Yosinski et al. recommend (their toolbox's documentation). Their
 # "progress" schedule, which rescales a step to a wanted gain, is a normalised step here.
+PLAIN: Mapping[str, Any] = {"jitter": 0, "decay": 0.0, "blur": 0.0, "blur_every": 0, "natural_colours": 0.0, "low_frequencies": 0.0}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
-    "simonyan": {
-        "steps": 256, "step": "normalised", "step_size": 4.0, "l2": 2.0, "jitter": 0, "decay": 0.0, "blur": 0.0, "blur_every": 0,
-    },
-    "yosinski_1": {
-        "steps": 500, "step": "normalised", "step_size": 8.0, "jitter": 0, "decay": 0.0, "blur": 0.5, "blur_end": 0.5, "blur_every": 4,
-        "norm_percentile": 50.0,
-    },
-    "yosinski_2": {
-        "steps": 750, "step": "constant", "step_size": _LR_100 * 255, "jitter": 0, "decay": 0.3, "blur": 0.0, "blur_every": 0,
-        "norm_percentile": 20.0,
-    },
+    "simonyan": {**PLAIN, "steps": 256, "step_size": 2.0, "l2": 0.005},
+    "yosinski_1": {**PLAIN, "steps": 500, "step_size": 8.0, "blur": 0.5, "blur_end": 0.5, "blur_every": 4, "norm_percentile": 50.0},
+    "yosinski_2": {**PLAIN, "steps": 750, "step": "constant", "step_size": _LR_100 * 255, "decay": 0.3, "norm_percentile": 20.0},
     "yosinski_3": {
-        "steps": 1000, "step": "constant", "step_size": _LR_100 * 255, "jitter": 0, "decay": 0.0001, "blur": 1.0, "blur_end": 1.0,
-        "blur_every": 4,
+        **PLAIN,
+        **{"steps": 1000, "step": "constant", "step_size": _LR_100 * 255, "decay": 0.0001, "blur": 1.0, "blur_end": 1.0, "blur_every": 4},
     },
     "yosinski_4": {
-        "steps": 1000, "step": "normalised", "step_size": 8.0, "jitter": 0, "decay": 0.0, "blur": 0.5, "blur_end": 0.5, "blur_every": 4,
-        "contribution_percentile": 90.0,
+        **PLAIN,
+        **{"steps": 1000, "step_size": 8.0, "blur": 0.5, "blur_end": 0.5, "blur_every": 4, "contribution_percentile": 90.0},
     },
-}  # fmt: skip
+}
 PROGRESS = 5  # pictures in the progress strip
 
 
 class ClassVisualization(Technique):
-    """A picture that a class score likes: argmax_I S_c(I) - lambda ||I||_2^2 by gradient ascent (Simonyan et al. 2013, arXiv:1312.6034, eq. 1), with the decay, blur and clipping of Yosinski et al. 2015 (arXiv:1506.06579).
+    """A picture that a class score likes: argmax_I S_c(I) - lambda ||I||_2^2 by gradient ascent
+    (Simonyan et al. 2013, arXiv:1312.6034, eq. 1), with the decay, blur and clipping of Yosinski et al. 2015 (arXiv:1506.06579).
 
-    S_c is the unnormalised score; I is measured from the training mean, and ascent starts there. Cost: one forward and
+    S_c is the unnormalised score; I is measured from the training mean, and ascent starts there. By default steps follow
+    natural colours and favour low frequencies (Olah et al. 2017, doi:10.23915/distill.00007); the presets named after
+    papers do not. Cost: one forward and
     one backward pass a step and class.
     """
 
@@ -70,18 +66,31 @@ class ClassVisualization(Technique):
     )
     steps: int = Param(256, ge=0, le=100_000, description="gradient steps")
     step: Literal["normalised", "constant", "line_search"] = Param(
-        "normalised", description="normalised: by the gradient's RMS; constant: the raw gradient; line_search: constant, but no step may lower the objective"
+        "normalised",
+        description="normalised: by the gradient's RMS; constant: the raw gradient; line_search: constant, no step lowers the objective",
     )
-    step_size: float = Param(12.0, gt=0, description="size of a step in 255ths: the RMS change of a pixel, or the factor of the raw gradient")
+    step_size: float = Param(
+        8.0, gt=0, description="size of a step in 255ths: the RMS change of a pixel, or the factor of the raw gradient"
+    )
     size: int = Param(0, ge=0, le=4096, description="side of the picture in pixels; 0: the model's own")
     l2: float = Param(0.0, ge=0, description="lambda, weight of the squared distance from the training mean (pixels in [0, 1])")
     jitter: int = Param(16, ge=0, description="random shift before each pass, up to this many pixels at 224, in proportion at other sizes")
     decay: float = Param(0.0001, ge=0, lt=1, description="share of the distance from the mean that is lost after each step")
-    blur: float = Param(2.0, ge=0, description="sigma of the Gaussian blur at the first step, in pixels")
+    blur: float = Param(1.5, ge=0, description="sigma of the Gaussian blur at the first step, in pixels")
     blur_end: float = Param(0.5, ge=0, description="sigma at the last step; in between it changes linearly")
     blur_every: int = Param(4, ge=0, description="steps between blurs; 0: never")
-    norm_percentile: float = Param(0.0, ge=0, lt=100, description="after each step this share of pixels (percent), the smallest in norm, returns to the mean")
-    contribution_percentile: float = Param(0.0, ge=0, lt=100, description="the same for pixels with the smallest |sum over colours of pixel * gradient|")
+    natural_colours: float = Param(
+        0.8, ge=0, le=1, description="how far steps follow the colour covariance of natural pictures: 0 each channel alone, 1 wholly"
+    )
+    low_frequencies: float = Param(
+        0.5, ge=0, le=2, description="p of f^-p, by which each spatial frequency f of the gradient is scaled; 0: none"
+    )
+    norm_percentile: float = Param(
+        0.0, ge=0, lt=100, description="after each step this share of pixels (percent), the smallest in norm, returns to the mean"
+    )
+    contribution_percentile: float = Param(
+        0.0, ge=0, lt=100, description="the same for pixels with the smallest |sum over colours of pixel * gradient|"
+    )
     noise: float = Param(0.02, ge=0, le=0.5, description="standard deviation of the noise around the mean at the start")
 
     @model_validator(mode="before")
@@ -110,7 +119,7 @@ class ClassVisualization(Technique):
         centre = torch.tensor(model.input.mean, device=ctx.device, dtype=model.dtype).view(1, -1, 1, 1)
         start = (centre + self.noise * draws.randn((model.input.channels, side, side))).clamp(0, 1)
         objective = o.class_score(classes) - self.l2 * o.squared_norm(centre)
-        operators = [
+        operators: list[o.Operator] = [
             o.Decay(self.decay, centre),
             o.Blur(self.blur, self.blur_every, self.blur_end, self.steps),
             o.ClipSmallNorm(self.norm_percentile, centre),
@@ -119,9 +128,19 @@ class ClassVisualization(Technique):
         ]
         jitter = round(self.jitter * side / 224)
         made = o.ascend(
-            model, objective, start, steps=self.steps, step_size=self.step_size / 255, draws=draws, rule=self.step,
-            transforms=[o.Jitter(jitter)] if jitter else [], operators=operators, snapshots=PROGRESS, progress=ctx.report,
-        )  # fmt: skip
+            model,
+            objective,
+            start,
+            steps=self.steps,
+            step_size=self.step_size / 255,
+            draws=draws,
+            rule=self.step,
+            transforms=[o.Jitter(jitter)] if jitter else [],
+            conditioners=[o.NaturalColours(self.natural_colours), o.LowFrequencies(self.low_frequencies)],
+            operators=operators,
+            snapshots=PROGRESS,
+            progress=ctx.report,
+        )
         logits = ctx.logits(made.images)
         score = logits.gather(1, classes[:, None]).squeeze(1)
         chance = logits.softmax(1).gather(1, classes[:, None]).squeeze(1)
@@ -129,7 +148,13 @@ class ClassVisualization(Technique):
         high = high_frequency_share(made.images)
         names = [model.class_name(c) for c in classes.tolist()]
         artifacts: list[Any] = [
-            Images("pictures", made.images, captions=[f"{n}, p = {p:.3f}" for n, p in zip(names, chance.tolist(), strict=True)], columns=4, exact=side < 64)
+            Images(
+                "pictures",
+                made.images,
+                captions=[f"{n}, p = {p:.3f}" for n, p in zip(names, chance.tolist(), strict=True)],
+                columns=4,
+                exact=side < 64,
+            )
         ]
         if made.snapshots:
             shown = min(len(names), 4)
@@ -137,17 +162,44 @@ class ClassVisualization(Technique):
             captions = [text for n in names[:shown] for text in (f"{n}: start", *(f"step {t}" for t, _ in made.snapshots))]
             artifacts.append(Images("progress", strip, captions=captions, columns=len(made.snapshots) + 1, exact=side < 64))
             artifacts.append(
-                Curve("objective", range(1, len(made.scores) + 1), {n: made.scores[:, i] for i, n in enumerate(unique(names))}, "step", "objective")
+                Curve(
+                    "objective",
+                    range(1, len(made.scores) + 1),
+                    {n: made.scores[:, i] for i, n in enumerate(unique(names))},
+                    "step",
+                    "objective",
+                )
             )
-        rows = [list(row) for row in zip(names, classes.tolist(), score.tolist(), chance.tolist(), rank.tolist(), high.tolist(), strict=True)]
+        rows = [
+            list(row) for row in zip(names, classes.tolist(), score.tolist(), chance.tolist(), rank.tolist(), high.tolist(), strict=True)
+        ]
         artifacts.append(Table("classes", ["class", "index", "score", "probability", "rank", "high-frequency share"], rows))
         metrics = [
-            Metric("probability", float(chance.mean()), better="higher", per_image=chance.tolist(), about="probability of the class for its own picture"),
+            Metric(
+                "probability",
+                float(chance.mean()),
+                better="higher",
+                per_image=chance.tolist(),
+                about="probability of the class for its own picture",
+            ),
             Metric("lowest_probability", float(chance.min()), better="higher", about="the least of these probabilities"),
-            Metric("first_share", float((rank == 1).float().mean()), better="higher", about="share of pictures that the model gives their class"),
-            Metric("high_frequency", float(high.mean()), better="lower", per_image=high.tolist(), about="share of spectral energy above a quarter of the sampling rate"),
+            Metric(
+                "first_share",
+                float((rank == 1).float().mean()),
+                better="higher",
+                about="share of pictures that the model gives their class",
+            ),
+            Metric(
+                "high_frequency",
+                float(high.mean()),
+                better="lower",
+                per_image=high.tolist(),
+                about="share of spectral energy above a quarter of the sampling rate",
+            ),
         ]
-        notes = [f"{names[i]}: the score stopped being finite; the last good picture is shown; use a smaller step_size" for i in made.stopped]
+        notes = [
+            f"{names[i]}: the score stopped being finite; the last good picture is shown; use a smaller step_size" for i in made.stopped
+        ]
         return Result(artifacts, metrics, notes)
 
 

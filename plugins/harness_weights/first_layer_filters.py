@@ -20,7 +20,9 @@ class FirstLayerFilters(Technique):
 
     name = "first_layer_filters"
     family = "weights"
-    paper = Paper("Krizhevsky, Sutskever, Hinton", 2012, "ImageNet Classification with Deep Convolutional Neural Networks", doi="10.1145/3065386")
+    paper = Paper(
+        "Krizhevsky, Sutskever, Hinton", 2012, "ImageNet Classification with Deep Convolutional Neural Networks", doi="10.1145/3065386"
+    )
     needs = frozenset({"conv"})
     reading = (
         "Each tile is one filter: what it shows is what it responds to most. Edges, stripes and colour blobs are what a trained "
@@ -32,8 +34,12 @@ class FirstLayerFilters(Technique):
     )
     audit = {"quick": {}, "standard": {}}
 
-    oriented_above: float = Param(0.5, ge=0, le=1, description="a filter is oriented when its spectral coherence (0 none, 1 one direction) exceeds this")
-    colour_above: float = Param(0.5, ge=0, le=1, description="a filter is colour-opponent when this share of its energy is off the grey axis")
+    oriented_above: float = Param(
+        0.5, ge=0, le=1, description="a filter is oriented when its spectral coherence (0 none, 1 one direction) exceeds this"
+    )
+    colour_above: float = Param(
+        0.5, ge=0, le=1, description="a filter is colour-opponent when this share of its energy is off the grey axis"
+    )
     dead_below: float = Param(0.05, ge=0, le=1, description="a filter is dead when its norm is below this share of the largest")
 
     def run(self, ctx: Context) -> Result:
@@ -56,7 +62,11 @@ class FirstLayerFilters(Technique):
         colour = ~dead & (off_grey > self.colour_above)
 
         fitted = weight.shape[-1] >= SMALLEST and weight.shape[-1] == weight.shape[-2]
-        fits = [gabor_fit(p) if not d else 0.0 for p, d in zip(ctx.track(patterns, len(patterns), "filters"), dead, strict=True)] if fitted else []
+        fits = (
+            [gabor_fit(p) if not d else 0.0 for p, d in zip(ctx.track(patterns, len(patterns), "filters"), dead, strict=True)]
+            if fitted
+            else []
+        )
         columns = ["filter", "norm", "off_grey", "coherence", "kind", "colour-opponent"] + (["gabor_r2"] if fitted else [])
         rows = [
             [i, float(norms[i]), float(off_grey[i]), float(coherent[i]), str(kind[i]), bool(colour[i])] + ([fits[i]] if fitted else [])
@@ -65,15 +75,38 @@ class FirstLayerFilters(Technique):
         shape = " x ".join(map(str, weight.shape))
         metrics = [
             Metric("filters", len(weight)),
-            Metric("oriented_share", float((kind == "oriented").mean()), about=f"share of filters with spectral coherence above {self.oriented_above}"),
-            Metric("colour_share", float(colour.mean()), about=f"share of filters with more than {self.colour_above:.0%} of their energy off the grey axis"),
-            Metric("dead_share", float(dead.mean()), better="lower", about=f"share of filters with a norm below {self.dead_below:.0%} of the largest"),
+            Metric(
+                "oriented_share",
+                float((kind == "oriented").mean()),
+                about=f"share of filters with spectral coherence above {self.oriented_above}",
+            ),
+            Metric(
+                "colour_share",
+                float(colour.mean()),
+                about=f"share of filters with more than {self.colour_above:.0%} of their energy off the grey axis",
+            ),
+            Metric(
+                "dead_share",
+                float(dead.mean()),
+                better="lower",
+                about=f"share of filters with a norm below {self.dead_below:.0%} of the largest",
+            ),
         ]
         if fitted and (~dead).any():
             median = float(np.median(np.array(fits)[~dead]))
-            metrics.append(Metric("gabor_r2", median, better="higher", about="median adjusted R2 of a Gabor function over the filters that are not dead"))
+            metrics.append(
+                Metric(
+                    "gabor_r2", median, better="higher", about="median adjusted R2 of a Gabor function over the filters that are not dead"
+                )
+            )
         artifacts = [
-            Images("filters", 0.5 + weight / (2 * scale), columns=16 if len(weight) > 32 else 8, exact=True, caption=f"{name}: {shape}, one scale for all, from -{scale:.3g} to {scale:.3g}"),
+            Images(
+                "filters",
+                0.5 + weight / (2 * scale),
+                columns=16 if len(weight) > 32 else 8,
+                exact=True,
+                caption=f"{name}: {shape}, one scale for all, from -{scale:.3g} to {scale:.3g}",
+            ),
             Table("kinds", columns, rows),
             Arrays("weights", {"weight": weight}),
         ]

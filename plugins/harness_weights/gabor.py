@@ -40,8 +40,8 @@ def gabor_fit(pattern: np.ndarray) -> float:
         return basis @ np.linalg.lstsq(basis, target, rcond=None)[0] - target
 
     spectrum = np.abs(np.fft.fftshift(np.fft.fft2(pattern - pattern.mean(), s=(32, 32))))
-    fy, fx = np.unravel_index(int(spectrum.argmax()), spectrum.shape)
-    fy, fx = (fy - 16) / 32, (fx - 16) / 32
+    row, column = np.unravel_index(int(spectrum.argmax()), spectrum.shape)
+    fy, fx = (int(row) - 16) / 32, (int(column) - 16) / 32
     half = size / 2
     low = [-half, -half, np.log(0.4), np.log(0.4), -2 * np.pi, 0.0]
     high = [half, half, np.log(2 * size), np.log(2 * size), 2 * np.pi, 0.7]

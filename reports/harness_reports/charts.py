@@ -38,7 +38,12 @@ def curve(artifact: Curve) -> bytes:
     def draw(axes: Any) -> None:
         for label, line in artifact.lines.items():
             axes.plot(artifact.x, line, label=label, linewidth=1.4)
-        axes.set(xlabel=artifact.x_label, ylabel=artifact.y_label, xscale="log" if artifact.log_x else "linear", yscale="log" if artifact.log_y else "linear")
+        axes.set(
+            xlabel=artifact.x_label,
+            ylabel=artifact.y_label,
+            xscale="log" if artifact.log_x else "linear",
+            yscale="log" if artifact.log_y else "linear",
+        )
         if 1 < len(artifact.lines) <= 12:
             axes.legend(frameon=False, fontsize=8)
 
@@ -49,10 +54,10 @@ def scatter(artifact: Scatter) -> bytes:
     def draw(axes: Any) -> None:
         import matplotlib
 
-        colours = matplotlib.colormaps["tab20"].colors
+        colours = matplotlib.colormaps["tab20"](range(20))
         for i, name in enumerate(artifact.groups or ("",)):
             points = artifact.points[artifact.group == i]
-            axes.scatter(points[:, 0], points[:, 1], s=8, color=colours[i % len(colours)], label=name, linewidths=0)
+            axes.scatter(points[:, 0], points[:, 1], s=8, color=[colours[i % len(colours)]], label=name, linewidths=0)
         axes.set(xlabel=artifact.x_label, ylabel=artifact.y_label)
         if 1 < len(artifact.groups) <= 20:
             axes.legend(frameon=False, fontsize=7, markerscale=1.5, ncols=2)

@@ -133,7 +133,11 @@ def _weasyprint(work: Path, out: Path, date: str) -> None:
         raise StorageError(f"the PDF cannot be written: {done.stderr.strip().splitlines()[-1]}")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        hint = "; WeasyPrint needs the system library Pango (Debian: apt install libpango-1.0-0 libpangoft2-1.0-0)" if "pango" in done.stderr.lower() else ""
+        hint = (
+            "; WeasyPrint needs the system library Pango (Debian: apt install libpango-1.0-0 libpangoft2-1.0-0)"
+            if "pango" in done.stderr.lower()
+            else ""
+        )
         raise HarnessError(f"the PDF could not be made: {last}{hint}; the HTML has the same content")
 
 
@@ -150,5 +154,7 @@ class JsonReport:
         content = {"schema_version": 1, "title": report.title, "name": report.name, "command": report.command, "runs": runs}
         path = folder / "report.json"
         with writing(path) as temporary:
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(
+                json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+            )
         return path

@@ -166,7 +166,10 @@ def build_view(report: ReportInput, assets: Assets) -> View:
     """The view of a report's runs, in their order."""
     records = [run.record for run in report.runs]
     models = unique([r.model.name for r in records])
-    sections = [_section(name, [r for r in report.runs if r.record.technique.name == name], assets) for name in unique([r.technique.name for r in records])]
+    sections = [
+        _section(name, [r for r in report.runs if r.record.technique.name == name], assets)
+        for name in unique([r.technique.name for r in records])
+    ]
     counts = {status: sum(r.status == status for r in records) for status in ("finished", "failed", "not_applicable")}
     lead = f"{len(records)} runs of {len(sections)} techniques on {_listed(models)}: {counts['finished']} finished"
     if counts["failed"]:
@@ -226,7 +229,12 @@ def _variant(anchor: str, runs: Sequence[StoredRun], assets: Assets) -> Variant:
     record = runs[0].record
     done = [r for r in runs if r.record.status == "finished"]
     problems = [
-        Problem(r.record.model.name, r.record.status, r.record.error.message if r.record.error else "", r.record.error.traceback if r.record.error else "")
+        Problem(
+            r.record.model.name,
+            r.record.status,
+            r.record.error.message if r.record.error else "",
+            r.record.error.traceback if r.record.error else "",
+        )
         for r in runs
         if r.record.status != "finished"
     ]
@@ -319,7 +327,13 @@ def _images(record: Record, artifact: Images, assets: Assets) -> Panel:
         return Panel(record.model.name, [[_tile(page, "", alt, artifact.exact or small, assets)]])
     captions = artifact.captions or [""] * len(pixels)
     tiles_ = [
-        _tile(colour.enlarge(p, 96) if small else p, text, f"{words(artifact.name)} of {record.model.name}: {text}", artifact.exact or small, assets)
+        _tile(
+            colour.enlarge(p, 96) if small else p,
+            text,
+            f"{words(artifact.name)} of {record.model.name}: {text}",
+            artifact.exact or small,
+            assets,
+        )
         for p, text in zip(pixels, captions, strict=True)
     ]
     return Panel(record.model.name, _rows(tiles_, artifact.columns or 4))
@@ -331,10 +345,11 @@ def _tile(pixels: np.ndarray, caption: str, alt: str, exact: bool, assets: Asset
 
 def _heatmaps(record: Record, artifact: Heatmaps, inputs: Artifact | None, assets: Assets) -> Panel:
     ends = [colour.limit(m, artifact.signed) for m in artifact.data]
+    over = artifact.over or ()  # set when an artifact is built
     if artifact.shared_scale:
         ends = [max(ends)] * len(ends)
-    pictures = [colour.picture(inputs.data[i]) for i in artifact.over] if isinstance(inputs, Images) else [None] * len(ends)
-    names = [inputs.captions[i] if inputs.captions else "" for i in artifact.over] if isinstance(inputs, Images) else [""] * len(ends)
+    pictures = [colour.picture(inputs.data[i]) for i in over] if isinstance(inputs, Images) else [None] * len(ends)
+    names = [inputs.captions[i] if inputs.captions else "" for i in over] if isinstance(inputs, Images) else [""] * len(ends)
     tiles = []
     for i, (values, end, under) in enumerate(zip(artifact.data, ends, pictures, strict=True)):
         fits = under is not None and under.shape[:2] == values.shape
@@ -370,18 +385,35 @@ def _provenance(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, st
     def gather(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         return [(k, v) for k, v in unique(list(pairs)) if v]
 
-    models = gather([(r.model.name, f"{r.model.builder}; weights {r.model.source}, {_weights(r)}; licence: {r.model.license or 'not given'}") for r in records])
-    data = gather([
-        (r.dataset.name, f"{r.dataset.pictures} pictures, sha256 {r.dataset.fingerprint}; licence: {r.dataset.license or 'not given'}")
-        for r in records
-        if r.dataset
-    ])
+    models = gather(
+        [
+            (r.model.name, f"{r.model.builder}; weights {r.model.source}, {_weights(r)}; licence: {r.model.license or 'not given'}")
+            for r in records
+        ]
+    )
+    data = gather(
+        [
+            (r.dataset.name, f"{r.dataset.pictures} pictures, sha256 {r.dataset.fingerprint}; licence: {r.dataset.license or 'not given'}")
+            for r in records
+            if r.dataset
+        ]
+    )
     versions = gather([(k, v) for r in records for k, v in r.versions.items()])
-    devices = gather([
-        (str(r.device.get("kind", "")), "; ".join(f"{k.replace('_', ' ')} {v}" for k, v in r.device.items() if k != "kind" and v != "")) for r in records
-    ])
-    code = gather([("git commit", f"{r.git['commit']}{' with uncommitted changes' if r.git.get('dirty') else ''}") for r in records if r.git])
-    plugins = gather([(r.technique.name, f"version {r.technique.version}, from {r.technique.distribution} {r.technique.distribution_version}") for r in records])
+    devices = gather(
+        [
+            (str(r.device.get("kind", "")), "; ".join(f"{k.replace('_', ' ')} {v}" for k, v in r.device.items() if k != "kind" and v != ""))
+            for r in records
+        ]
+    )
+    code = gather(
+        [("git commit", f"{r.git['commit']}{' with uncommitted changes' if r.git.get('dirty') else ''}") for r in records if r.git]
+    )
+    plugins = gather(
+        [
+            (r.technique.name, f"version {r.technique.version}, from {r.technique.distribution} {r.technique.distribution_version}")
+            for r in records
+        ]
+    )
     return [
         (title, rows)
         for title, rows in (

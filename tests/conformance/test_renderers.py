@@ -53,10 +53,22 @@ def report(tmp_path):
     good = spool.write(record(), artifacts())
     other = spool.write(record(run_id="1" * 32, model=ModelFacts(name="other", builder="b", weights="random:0")), artifacts())
     bad = spool.write(
-        record(run_id="2" * 32, status="failed", model=ModelFacts(name="third", builder="b", weights="w"), error=ErrorFacts(type="E", message=EVIL, traceback=EVIL)), []
+        record(
+            run_id="2" * 32,
+            status="failed",
+            model=ModelFacts(name="third", builder="b", weights="w"),
+            error=ErrorFacts(type="E", message=EVIL, traceback=EVIL),
+        ),
+        [],
     )
     absent = spool.write(
-        record(run_id="3" * 32, status="not_applicable", model=ModelFacts(name="fourth", builder="b", weights="w"), error=ErrorFacts(type="N", message=EVIL)), []
+        record(
+            run_id="3" * 32,
+            status="not_applicable",
+            model=ModelFacts(name="fourth", builder="b", weights="w"),
+            error=ErrorFacts(type="N", message=EVIL),
+        ),
+        [],
     )
     return ReportInput(EVIL, "name", [good, other, bad, absent], EVIL, [EVIL])
 
@@ -147,8 +159,12 @@ def test_pdf_reads_no_file_outside_of_its_folder(tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     for source in (secret.as_uri(), "http://127.0.0.1:9/x.png"):
-        (work / "report.html").write_text(f'<html lang="en"><title>t</title><link rel="attachment" href="{source}"><img alt="x" src="{source}">')
-        done = subprocess.run([sys.executable, "-m", "harness_reports.pdf_process", str(work), str(tmp_path / "o.pdf")], capture_output=True, text=True)
+        (work / "report.html").write_text(
+            f'<html lang="en"><title>t</title><link rel="attachment" href="{source}"><img alt="x" src="{source}">'
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "harness_reports.pdf_process", str(work), str(tmp_path / "o.pdf")], capture_output=True, text=True
+        )
         assert done.returncode == 1
         assert "refused" in done.stderr or "not allowed" in done.stderr or "protocol" in done.stderr.lower()
         assert not (tmp_path / "o.pdf").exists()

@@ -133,11 +133,17 @@ def test_an_experiment_file(cli, tmp_path):
         (["run", "-m", "digits_cnn", "-d", "digit", "-t", "saliency"], "did you mean 'digits'"),
         (["run", "-m", "digits_cnn", "-d", "digits", "-t", "salience"], "did you mean 'saliency'"),
         (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "-p", "vaules=signed"], "did you mean 'values'"),
-        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "-p", "values=sined"], "saliency.values: input should be 'absolute' or 'signed'"),
+        (
+            ["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "-p", "values=sined"],
+            "saliency.values: input should be 'absolute' or 'signed'",
+        ),
         (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--device", "tpu"], "choose auto, cpu"),
         (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--select", "a"], "write picture numbers with commas"),
         (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--select", "99999"], "there is no picture 99999"),
-        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "-t", "occlusion", "-p", "window=3"], "write TECHNIQUE.window=VALUE"),
+        (
+            ["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "-t", "occlusion", "-p", "window=3"],
+            "write TECHNIQUE.window=VALUE",
+        ),
         (["run", "-m", "digits_cnn", "-t", "saliency"], "name a dataset"),
         (["run", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["run", "x.yaml", "-m", "digits_cnn"], "not both"),
@@ -253,7 +259,9 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path, own_state):
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("reused") >= 4
     assert again.stderr.count("reused") < 10
-    undisturbed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "HARNESS_RUNS": str(tmp_path / "other")})
+    undisturbed = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "HARNESS_RUNS": str(tmp_path / "other")}
+    )
     assert undisturbed.returncode == 0
     assert undisturbed.stderr.count("reused") == 0
 
@@ -262,7 +270,9 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path, own_state):
     results = []
     for root in (own_state, tmp_path / "other"):
         _, runs = tracker_for(tracking_uri("", root), root).load("killed")
-        results.append([(r.record.key, {a.name: a.sha256 for a in r.record.artifacts}, [(m.name, m.value) for m in r.record.metrics]) for r in runs])
+        results.append(
+            [(r.record.key, {a.name: a.sha256 for a in r.record.artifacts}, [(m.name, m.value) for m in r.record.metrics]) for r in runs]
+        )
     assert results[0] == results[1]
     assert len(results[0]) == 10
     client = tracker_for(tracking_uri("", own_state), own_state).client
@@ -289,7 +299,9 @@ def test_a_recipe_is_trained_for_its_model(cli, tmp_path, registry):
     (tmp_path / "r.yaml").write_text(
         "models:\n  mine:\n    builder: harness.nets:DigitsLinear\n    weights: recipe:digits_linear\n    classes: digits\n    input: {channels: 1, size: 8, mean: [0.305], std: [0.376]}\n"
     )
-    assert "run `harness train digits_linear`" in cli("-r", "r.yaml", "run", "-m", "mine", "-d", "digits_test", "-t", "predictions", code=2)[1]
+    assert (
+        "run `harness train digits_linear`" in cli("-r", "r.yaml", "run", "-m", "mine", "-d", "digits_test", "-t", "predictions", code=2)[1]
+    )
     cli("train", "digits_linear", "--device", "cpu")
     cli("-r", "r.yaml", "run", "-m", "mine", "-d", "digits_test", "-t", "predictions")
 

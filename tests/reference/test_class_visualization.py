@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from harness_synthesis import ClassVisualization
-from harness_synthesis.class_visualization import PRESETS, high_frequency_share, spread
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
@@ -15,6 +13,8 @@ from harness import optimise as o
 from harness.context import Context, Draws
 from harness.models import LoadedModel
 from harness.registry import InputSpec
+from harness_synthesis import ClassVisualization
+from harness_synthesis.class_visualization import PRESETS, high_frequency_share, spread
 
 
 def linear(size=4, classes=3, scale=0.1):
@@ -44,7 +44,16 @@ def test_l2_ascent_of_a_linear_model_converges_to_w_over_two_lambda():
 def test_the_technique_itself_reaches_the_closed_form():
     model = linear()
     technique = ClassVisualization(
-        classes=(1,), preset="simonyan", step="constant", step_size=0.1 * 255, l2=2.0, steps=200, noise=0.0, decay=0.0, jitter=0, blur_every=0
+        classes=(1,),
+        preset="simonyan",
+        step="constant",
+        step_size=0.1 * 255,
+        l2=2.0,
+        steps=200,
+        noise=0.0,
+        decay=0.0,
+        jitter=0,
+        blur_every=0,
     )
     pictures = technique.run(Context(model, technique="class_visualization")).artifacts[0].data
     expected = 0.5 + model.module[1].weight[1].view(4, 4) / 4
@@ -105,7 +114,14 @@ def test_decay_comes_after_the_step_and_pulls_to_the_centre():
     centre = torch.tensor(0.5, dtype=torch.float64)
     model = linear()
     made = o.ascend(
-        model, o.class_score(torch.tensor([1])), grey(), steps=1, step_size=0.1, draws=draws(), rule="constant", operators=[o.Decay(0.25, centre)]
+        model,
+        o.class_score(torch.tensor([1])),
+        grey(),
+        steps=1,
+        step_size=0.1,
+        draws=draws(),
+        rule="constant",
+        operators=[o.Decay(0.25, centre)],
     )
     weight = model.module[1].weight[1].view(1, 1, 4, 4)
     torch.testing.assert_close(made.images, 0.5 + 0.75 * 0.1 * weight)
@@ -128,11 +144,50 @@ def test_operators_act_in_yosinskis_order(monkeypatch, digits_cnn):
 def test_the_gradient_comes_back_from_under_the_jitter():
     """For a linear model rolled by s, the gradient is the weight rolled by -s."""
     model = linear(size=8)
-    found = o.ascend(model, o.class_score(torch.tensor([0])), grey(size=8), steps=1, step_size=1.0, draws=draws(), rule="constant", transforms=[o.Jitter(3)])
+    found = o.ascend(
+        model,
+        o.class_score(torch.tensor([0])),
+        grey(size=8),
+        steps=1,
+        step_size=1.0,
+        draws=draws(),
+        rule="constant",
+        transforms=[o.Jitter(3)],
+    )
     dy, dx = draws().integers(-3, 4, 2)[0]
     weight = model.module[1].weight[0].view(8, 8)
     torch.testing.assert_close(found.images[0, 0] - 0.5, torch.roll(weight, (-dy, -dx), (0, 1)))
     assert (dy, dx) != (0, 0)
+
+
+def test_natural_colours_mix_channels_by_a_covariance():
+    g = torch.rand((2, 3, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma = torch.tensor(o.NATURAL_COLOURS, dtype=torch.float64)
+    torch.testing.assert_close(o.NaturalColours(1.0)(g)[1, :, 2, 3], sigma @ g[1, :, 2, 3])
+    torch.testing.assert_close(o.NaturalColours(0.25)(g), 0.75 * g + 0.25 * o.NaturalColours(1.0)(g))
+    assert torch.equal(o.NaturalColours(0)(g), g)
+    assert torch.equal(o.NaturalColours(1)(g[:, :1]), g[:, :1])
+    values = torch.linalg.eigvalsh(sigma)  # a step still goes uphill: symmetric, positive definite
+    assert values.min() > 0
+    assert torch.equal(sigma, sigma.T)
+
+
+def test_low_frequencies_scale_a_wave_by_its_frequency():
+    n = 32
+    for cycles in (1, 4, 10):
+        wave = torch.sin(2 * torch.pi * cycles * torch.arange(n, dtype=torch.float64) / n).expand(1, 3, n, n)
+        torch.testing.assert_close(o.LowFrequencies(0.5)(wave), wave * (cycles / n) ** -0.5)
+    flat = torch.full((1, 3, n, n), 0.3, dtype=torch.float64)
+    torch.testing.assert_close(o.LowFrequencies(1.0)(flat), flat * n)
+    assert torch.equal(o.LowFrequencies(0)(flat), flat)
+
+
+def test_conditioned_steps_still_go_uphill(squeezenet):
+    objective, start = o.class_score(torch.tensor([130])), torch.full((1, 3, 224, 224), 0.5)
+    conditioners = [o.NaturalColours(0.8), o.LowFrequencies(0.5)]
+    rng = Draws(["a"], start.device, start.dtype, 0)
+    made = o.ascend(squeezenet, objective, start, steps=12, step_size=0.01, draws=rng, conditioners=conditioners)
+    assert made.scores[-1] > made.scores[0] + 10
 
 
 def test_objectives_add_and_scale():

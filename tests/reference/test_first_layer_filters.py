@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from harness_weights import FirstLayerFilters
-from harness_weights.gabor import coherence, gabor_fit, leading_component
 from torch import nn
 
 from harness import NotApplicable
 from harness.context import Context
 from harness.models import LoadedModel, load_model
 from harness.registry import InputSpec
+from harness_weights import FirstLayerFilters
+from harness_weights.gabor import coherence, gabor_fit, leading_component
 
 
 def result_of(model, **params):
@@ -57,7 +57,13 @@ def test_response_of_the_layer_to_its_own_filter_is_the_squared_norm(squeezenet)
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("alexnet", (64, 3, 11, 11)), ("resnet18", (64, 3, 7, 7)), ("densenet121", (64, 3, 7, 7)), ("googlenet", (64, 3, 7, 7)), ("vgg16", (64, 3, 3, 3))],
+    [
+        ("alexnet", (64, 3, 11, 11)),
+        ("resnet18", (64, 3, 7, 7)),
+        ("densenet121", (64, 3, 7, 7)),
+        ("googlenet", (64, 3, 7, 7)),
+        ("vgg16", (64, 3, 3, 3)),
+    ],
 )
 def test_shapes_of_torchvisions_first_layers(name, shape, registry):
     from torchvision.models import get_model

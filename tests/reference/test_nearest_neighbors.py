@@ -7,15 +7,15 @@ import pytest
 import torch
 from captum.influence import SimilarityInfluence
 from captum.influence._core.similarity_influence import euclidean_distance
-from harness_representations import Features, NearestNeighbors
-from harness_representations.nearest_neighbors import quality
-from harness_representations.search import nearest, vote
 from sklearn.neighbors import NearestNeighbors as SklearnNeighbors
 
 from harness import ConfigError
 from harness.context import to_images
 from harness.datasets import load_dataset
 from harness.testing import run_once, small_dataset
+from harness_representations import Features, NearestNeighbors
+from harness_representations.nearest_neighbors import quality
+from harness_representations.search import nearest, vote
 
 
 def brute(queries, database, k, skip=None):

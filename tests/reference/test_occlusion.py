@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from captum.attr import Occlusion as CaptumOcclusion
-from harness_saliency import Occlusion
-from harness_saliency.occlusion import spread, windows
 from torch import nn
 
 from harness import ConfigError
 from harness.context import Context
 from harness.models import LoadedModel
 from harness.registry import InputSpec
+from harness_saliency import Occlusion
+from harness_saliency.occlusion import spread, windows
 
 
 def linear_model(size, channels=3):
@@ -54,7 +54,9 @@ def test_linear_model_has_a_closed_form(size, window, stride, baseline):
 def test_equals_captum(size, window, stride):
     model = linear_model(size)
     ctx, _, found = run(Occlusion(target=1, window=window, stride=stride), model)
-    theirs = CaptumOcclusion(model).attribute(ctx.images, sliding_window_shapes=(3, window, window), strides=(3, stride, stride), target=1, baselines=0.5)
+    theirs = CaptumOcclusion(model).attribute(
+        ctx.images, sliding_window_shapes=(3, window, window), strides=(3, stride, stride), target=1, baselines=0.5
+    )
     torch.testing.assert_close(found, theirs.mean(1), rtol=0, atol=1e-5, check_dtype=False)
 
 
@@ -120,7 +122,14 @@ def test_windows_that_cannot_be():
 
 @pytest.mark.parametrize(
     ("params", "side", "expected"),
-    [({}, 224, (32, 16)), ({}, 8, (2, 1)), ({}, 32, (5, 2)), ({"window": 9, "stride": 0.1}, 50, (9, 5)), ({"window": 1, "stride": 1}, 4, (1, 1)), ({}, 1, (1, 1))],
+    [
+        ({}, 224, (32, 16)),
+        ({}, 8, (2, 1)),
+        ({}, 32, (5, 2)),
+        ({"window": 9, "stride": 0.1}, 50, (9, 5)),
+        ({"window": 1, "stride": 1}, 4, (1, 1)),
+        ({}, 1, (1, 1)),
+    ],
 )
 def test_sizes_in_pixels_or_as_a_share(params, side, expected):
     assert Occlusion(**params).pixels(side, side + 3) == expected

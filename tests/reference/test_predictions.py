@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from harness_representations import Predictions
-from harness_representations.predictions import wilson
 from scipy.stats import binomtest
 
 from harness.datasets import load_dataset
 from harness.testing import run_once
+from harness_representations import Predictions
+from harness_representations.predictions import wilson
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 5), (5, 5), (14, 20), (610, 1000)])
@@ -34,7 +34,10 @@ def test_shipped_networks_are_as_good_as_their_cards_say(name, least, registry):
     from harness.models import load_model
 
     card = json.loads((Path(harness.__file__).parent / "data" / f"{name}.json").read_text())
-    found = {m.name: m.value for m in run_once(Predictions(), load_model(name, registry), load_dataset("digits_test", registry), max_batch=64).metrics}
+    found = {
+        m.name: m.value
+        for m in run_once(Predictions(), load_model(name, registry), load_dataset("digits_test", registry), max_batch=64).metrics
+    }
     assert found["top1"] == pytest.approx(card["accuracy"]["test"], abs=1e-6)
     assert found["top1"] >= least
     assert card["sha256"] == registry.model(name).sha256

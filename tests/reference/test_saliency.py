@@ -5,27 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 from captum.attr import Saliency as CaptumSaliency
-from harness_saliency import Saliency
-from harness_saliency.measures import gini
-from harness_saliency.saliency import reduce_channels
 from torch import nn
 
 from harness import ConfigError
 from harness.context import Context
 from harness.models import LoadedModel
 from harness.registry import InputSpec
+from harness_saliency import Saliency
+from harness_saliency.measures import gini
+from harness_saliency.saliency import reduce_channels
 
 
 def net(bias=True, channels=3, size=8):
     torch.manual_seed(0)
     module = nn.Sequential(
-        nn.Conv2d(channels, 6, 3, bias=bias), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3, bias=bias), nn.ReLU(), nn.Flatten(), nn.Linear(4 * (size - 4) ** 2, 5, bias=bias)
+        nn.Conv2d(channels, 6, 3, bias=bias),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 4, 3, bias=bias),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * (size - 4) ** 2, 5, bias=bias),
     ).double()
     return LoadedModel(module, InputSpec(channels=channels, size=size, mean=(0.0,) * channels, std=(1.0,) * channels))
 
 
 def context(model, count=3, **more):
-    images = torch.rand((count, model.input.channels, model.input.size, model.input.size), generator=torch.Generator().manual_seed(1), dtype=model.dtype)
+    images = torch.rand(
+        (count, model.input.channels, model.input.size, model.input.size), generator=torch.Generator().manual_seed(1), dtype=model.dtype
+    )
     return Context(model, images=images, ids=[f"p{i}" for i in range(count)], technique="saliency", **more)
 
 

@@ -74,7 +74,7 @@ def test_eight_bit_pictures_take_a_quarter_and_come_back_exactly(tmp_path):
     "artifact",
     [
         Heatmaps("h", np.random.default_rng(0).normal(size=(2, 3, 3)), signed=True, over=[1, 0], unit="u"),
-        Curve("c", [1, 2], {"a": [1, 2], "ä,.\"": [3, 4]}, "x", "y", log_y=True),
+        Curve("c", [1, 2], {"a": [1, 2], 'ä,."': [3, 4]}, "x", "y", log_y=True),
         Scatter("s", [[1, 2], [3, 4]], group=[0, 1], groups=["a", "b"]),
         Table("t", ["a", "b"], [[1, None], ["x", 1.5], [True, np.float32(2)]]),
         Arrays("a", {"x": np.arange(3), "y": torch.ones(2)}),

@@ -106,7 +106,9 @@ def test_targets_that_do_not_exist(digits_cnn, target, message):
 # -- devices -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("choice", "message"), [("cuda", "not available here"), ("tpu", "choose auto, cpu"), ("cuda:3", "not available|there are")])
+@pytest.mark.parametrize(
+    ("choice", "message"), [("cuda", "not available here"), ("tpu", "choose auto, cpu"), ("cuda:3", "not available|there are")]
+)
 def test_devices_that_are_not_there(choice, message):
     if torch.cuda.is_available() and choice == "cuda":
         pytest.skip("there is a GPU")

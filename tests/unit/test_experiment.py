@@ -36,9 +36,7 @@ limit: 5
 
 
 def test_sweeps_multiply():
-    assert sweeps({"a": {"sweep": [1, 2]}, "b": {"sweep": [3, 4]}, "c": 5}) == [
-        {"a": a, "b": b, "c": 5} for a in (1, 2) for b in (3, 4)
-    ]
+    assert sweeps({"a": {"sweep": [1, 2]}, "b": {"sweep": [3, 4]}, "c": 5}) == [{"a": a, "b": b, "c": 5} for a in (1, 2) for b in (3, 4)]
     with pytest.raises(ConfigError, match="needs a list"):
         sweeps({"a": {"sweep": 3}})
 

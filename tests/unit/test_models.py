@@ -163,14 +163,14 @@ def test_layer_names_and_shapes():
     assert [n for n, _ in model.convolutions()] == ["conv", "second"]
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"), [("a", 0), ("D", 3), (2, 2), ("2", 2)]
-)
+@pytest.mark.parametrize(("given", "expected"), [("a", 0), ("D", 3), (2, 2), ("2", 2)])
 def test_classes_by_name_and_index(given, expected):
     assert tricky().class_index(given) == expected
 
 
-@pytest.mark.parametrize(("given", "message"), [("bb", "did you mean 'b'"), (4, "classes 0 to 3"), (-1, "classes 0 to 3"), ("zzzz", "index from 0 to 3")])
+@pytest.mark.parametrize(
+    ("given", "message"), [("bb", "did you mean 'b'"), (4, "classes 0 to 3"), (-1, "classes 0 to 3"), ("zzzz", "index from 0 to 3")]
+)
 def test_classes_that_do_not_exist(given, message):
     with pytest.raises(ConfigError, match=message):
         tricky().class_index(given)
@@ -327,7 +327,9 @@ def test_random_weights_are_seeded_and_leave_the_generator_alone(registry):
     assert not torch.equal(weight[0], weight[2])
 
 
-@pytest.mark.parametrize("name", ["alexnet", "googlenet", "resnet18", "densenet121", "squeezenet1_0", "mobilenet_v3_large", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name", ["alexnet", "googlenet", "resnet18", "densenet121", "squeezenet1_0", "mobilenet_v3_large", "convnext_tiny"]
+)
 def test_torchvisions_models_run_with_random_weights(name, registry):
     model = load_model(f"{name}@random", registry)
     x = torch.rand((1, 3, 224, 224), generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -74,7 +74,9 @@ def test_what_is_not_a_technique_is_found():
 
 def test_a_name_offered_twice_names_both_packages():
     plugins = discover(entries(a=lambda: GOOD, b=lambda: module(harness_techniques=lambda: [Alpha])))
-    with pytest.raises(PluginError, match=r"technique 'alpha' is offered by both dist-. 1.0 \(.\) and dist-. 1.0 \(.\).*HARNESS_SKIP_PLUGINS"):
+    with pytest.raises(
+        PluginError, match=r"technique 'alpha' is offered by both dist-. 1.0 \(.\) and dist-. 1.0 \(.\).*HARNESS_SKIP_PLUGINS"
+    ):
         _ = plugins.techniques
 
 
@@ -107,7 +109,9 @@ def test_one_plugins_trouble_with_an_event_does_not_reach_the_next():
     def bad(session, spec, key):
         raise RuntimeError("no")
 
-    plugins = discover(entries(a=lambda: module(harness_run_started=lambda key: heard.append(key)), b=lambda: module(harness_run_started=bad)))
+    plugins = discover(
+        entries(a=lambda: module(harness_run_started=lambda key: heard.append(key)), b=lambda: module(harness_run_started=bad))
+    )
     errors = plugins.call("harness_run_started", session=None, spec=None, key="k")
     assert heard == ["k"]
     assert [str(e) for e in errors] == ["no"]

@@ -9,10 +9,24 @@ import pytest
 from harness.errors import ConfigError, RegistryError
 from harness.registry import load_registry, read_file
 
-SHIPPED = (
-    "squeezenet1_1 alexnet vgg16 vgg19 googlenet resnet18 resnet50 resnet101 densenet121 squeezenet1_0 mobilenet_v3_large convnext_tiny vit_b_16 "
-    "digits_linear digits_cnn digits_resnet"
-).split()
+SHIPPED = [
+    "squeezenet1_1",
+    "alexnet",
+    "vgg16",
+    "vgg19",
+    "googlenet",
+    "resnet18",
+    "resnet50",
+    "resnet101",
+    "densenet121",
+    "squeezenet1_0",
+    "mobilenet_v3_large",
+    "convnext_tiny",
+    "vit_b_16",
+    "digits_linear",
+    "digits_cnn",
+    "digits_resnet",
+]
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -56,11 +70,19 @@ def test_torchvision_entries_agree_with_torchvision(registry):
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("models:\n  m:\n    builder: torchvision:alexnet\n    wieghts: random:0\n", 4, "models.m.wieghts: unknown key; did you mean 'weights'?"),
+        (
+            "models:\n  m:\n    builder: torchvision:alexnet\n    wieghts: random:0\n",
+            4,
+            "models.m.wieghts: unknown key; did you mean 'weights'?",
+        ),
         ("models:\n  m:\n    weights: random:0\n", 2, "models.m.builder: missing"),
         ("models:\n  m:\n    builder: alexnet\n", 3, "models.m.builder: must look like 'scheme:name'"),
         ("models:\n  m:\n    builder: a:b\n    input: {size: big}\n", 4, "models.m.input.size: input should be a valid integer"),
-        ("models:\n  m:\n    builder: a:b\n    input:\n      size: 224\n      meen: [0]\n", 6, "models.m.input.meen: unknown key; did you mean 'mean'?"),
+        (
+            "models:\n  m:\n    builder: a:b\n    input:\n      size: 224\n      meen: [0]\n",
+            6,
+            "models.m.input.meen: unknown key; did you mean 'mean'?",
+        ),
         ("models:\n  m:\n    builder: a:b\n    input: {channels: 1, mean: [0.1, 0.2]}\n", 4, "mean has 2 numbers for 1 channels"),
         ("models:\n  m:\n    builder: a:b\n    input: {size: 224, resize: 100}\n", 4, "resize 100 is below the crop size 224"),
         ("models:\n  m:\n    builder: a:b\n    sha256: abc\n", 4, "models.m.sha256"),

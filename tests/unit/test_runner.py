@@ -147,7 +147,7 @@ def test_the_key_follows_everything_the_result_depends_on(go, mine, registry, ow
 
 
 def test_one_failure_stops_nothing_else(go):
-    session, outcomes = go(probe("fail"), probe(), probe("not applicable"))
+    _, outcomes = go(probe("fail"), probe(), probe("not applicable"))
     assert [o.run.record.status for o in outcomes] == ["failed", "finished", "not_applicable"]
     error = outcomes[0].run.record.error
     assert error.message == "ZeroDivisionError: as asked"

@@ -61,7 +61,9 @@ def test_an_unknown_kind_is_refused(tmp_path):
 
 
 def overlay(tmp_path, **entry):
-    lines = "\n".join(f"    {k}: {v}" for k, v in {"builder": "harness.nets:DigitsLinear", "input": "{channels: 1, size: 8}", **entry}.items())
+    lines = "\n".join(
+        f"    {k}: {v}" for k, v in {"builder": "harness.nets:DigitsLinear", "input": "{channels: 1, size: 8}", **entry}.items()
+    )
     (tmp_path / "r.yaml").write_text(f"models:\n  mine:\n{lines}\n")
     return load_registry([tmp_path / "r.yaml"])
 

@@ -1,0 +1,192 @@
+"""`make bench`: what the harness costs, as ratios to raw passes and to captum in the same run.
+
+Machines differ and are noisy: contenders take turns, the median of several rounds counts, and only ratios are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from harness.context import Context
+from harness.models import LoadedModel, load_model
+from harness.plugins import load_plugins
+from harness.registry import load_registry
+
+Work = Callable[[], object]
+
+
+def turns(contenders: dict[str, Work], rounds: int) -> dict[str, float]:
+    """Median seconds of each, run in turn `rounds` times after one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, work in contenders.items():
+            gc.collect()
+            begun = time.perf_counter()
+            work()
+            if number:
+                times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def pictures(model: LoadedModel, count: int) -> torch.Tensor:
+    shape = (count, model.input.channels, model.input.size, model.input.size)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def context(model: LoadedModel, images: torch.Tensor, name: str, batch: int) -> Context:
+    return Context(model, images=images, ids=[str(i) for i in range(len(images))], technique=name, target=0, max_batch=batch)
+
+
+def saliency(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
+    from captum.attr import Saliency as Peer
+
+    batch = 8
+    images = pictures(model, batch)
+    target = torch.zeros(batch, dtype=torch.int64)
+    technique = load_plugins().technique("saliency").build({"target": 0})
+
+    def raw() -> None:
+        leaf = images.clone().requires_grad_()
+        torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
+
+    def ours() -> None:
+        # the map alone, as the peer gives it; the captions' forward pass is the report's
+        ctx = context(model, images, "saliency", batch)
+        from harness_saliency.saliency import reduce_channels
+
+        reduce_channels(ctx.input_gradient(), technique.values, technique.channels)
+
+    def peer() -> None:
+        Peer(model).attribute(images.clone().requires_grad_(), target=target).amax(1)
+
+    t = turns({"raw": raw, "ours": ours, "captum": peer}, rounds)
+    return [("saliency / raw forward and backward", t["ours"] / t["raw"], "<= 1.15"), ("saliency / captum", t["ours"] / t["captum"], "")]
+
+
+def occlusion(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
+    from captum.attr import Occlusion as Peer
+
+    images = pictures(model, 1)
+    technique = load_plugins().technique("occlusion").build({"window": 32, "stride": 32, "target": 0})
+    batch = 16
+    windows = 49
+
+    def raw() -> None:
+        with torch.no_grad():
+            model(images)
+            for start in range(0, windows, batch):
+                model(images.expand(min(batch, windows - start), -1, -1, -1).contiguous(memory_format=torch.channels_last))
+
+    def ours() -> None:
+        technique.measure(context(model, images, "occlusion", batch))
+
+    def peer(at_once: int) -> Work:
+        def work() -> None:
+            Peer(model).attribute(
+                images, sliding_window_shapes=(3, 32, 32), strides=(3, 32, 32), target=0, baselines=0.5, perturbations_per_eval=at_once
+            )
+
+        return work
+
+    t = turns({"raw": raw, "ours": ours, **{f"captum {b}": peer(b) for b in (1, 8, 16, 49)}}, rounds)
+    best = min((v, k) for k, v in t.items() if k.startswith("captum"))
+    return [
+        ("occlusion / raw forward passes", t["ours"] / t["raw"], "<= 1.10"),
+        (f"occlusion / captum at its best batch ({best[1].split()[1]})", t["ours"] / best[0], "< 1"),
+        ("occlusion / captum at its default batch (1)", t["ours"] / t["captum 1"], ""),
+    ]
+
+
+def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
+    technique = load_plugins().technique("class_visualization").build({"classes": [1, 2], "steps": 8})
+    start = pictures(model, 2)
+
+    def raw() -> None:
+        for _ in range(8):
+            leaf = start.clone().requires_grad_()
+            torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
+        with torch.no_grad():
+            model(start)
+
+    def ours() -> None:
+        technique.run(Context(model, technique="class_visualization"))
+
+    t = turns({"raw": raw, "ours": ours}, rounds)
+    return [("class_visualization / raw forward and backward", t["ours"] / t["raw"], "")]
+
+
+def command_line() -> list[tuple[str, float, str]]:
+    """Seconds of whole commands, against an interpreter that imports torch."""
+
+    def seconds(*words: str) -> float:
+        times = []
+        for _ in range(3):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, *words], check=True, capture_output=True)
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HARNESS_RUNS"] = folder
+        run = ["-m", "harness", "run", "-m", "squeezenet1_1", "-d", "imagenet_samples", "-t", "saliency", "--limit", "2"]
+        subprocess.run([sys.executable, *run], check=True, capture_output=True)
+        bare = seconds("-c", "import torch")
+        return [
+            ("harness --help / import torch", seconds("-m", "harness", "--help") / bare, "< 0.5 s"),
+            ("cached harness run / import torch", seconds(*run) / bare, ""),
+        ]
+
+
+def tracking() -> list[tuple[str, float, str]]:
+    """Milliseconds that one run spends besides itself: spool, MLflow, hashing."""
+    from harness.experiment import Experiment, expand
+    from harness.runner import Runner, Session
+
+    plugins, registry = load_plugins(), load_registry()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def go(name: str, seeds: range) -> float:
+            runs = expand(plugins, ["digits_cnn"], ["digits"], [("saliency", {})], list(seeds), limit=20)
+            session = Session(Experiment(name, runs), Path(folder))
+            begun = time.perf_counter()
+            outcomes = Runner(registry, plugins, session).run(session.experiment)
+            return time.perf_counter() - begun - sum(o.run.record.seconds for o in outcomes)
+
+        go("warm", range(2))
+        few, many = go("few", range(10, 12)), go("many", range(20, 62))
+        return [("tracking, milliseconds a run", (many - few) / 40 * 1000, "< 50")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", nargs="*", default=["squeezenet1_1", "resnet18@random"])
+    options = parser.parse_args()
+    registry = load_registry()
+    rows: list[tuple[str, str, float, str]] = []
+    for name in options.models:
+        model = load_model(name, registry)
+        for measure in (saliency, occlusion, ascent):
+            rows += [(name, *row) for row in measure(model, options.rounds)]
+    rows += [("", *row) for row in command_line() + tracking()]
+    width = max(len(f"{r[0]} {r[1]}") for r in rows)
+    print(f"{'measured':{width}}  ratio  wanted")
+    for model_name, what, value, wanted in rows:
+        print(f"{f'{model_name} {what}'.strip():{width}}  {value:5.2f}  {wanted}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
