@@ -39,11 +39,15 @@ class LoadedModel:
         self.dtype = dtype
         self._mean = torch.tensor(spec.mean, device=self.device, dtype=dtype).view(1, -1, 1, 1)
         self._std = torch.tensor(spec.std, device=self.device, dtype=dtype).view(1, -1, 1, 1)
+        self._scale, self._shift = 1 / self._std, -self._mean / self._std
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Logits (N, K) of pixels (N, C, H, W) in [0, 1]."""
-        normalised = pixels.sub(self._mean).div(self._std)
-        return self.module(normalised.contiguous(memory_format=torch.channels_last))
+        return self.module(self.normalise(pixels))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(x - mean) / std in one pass, channels_last: what the module itself takes."""
+        return torch.addcmul(self._shift, pixels, self._scale).contiguous(memory_format=torch.channels_last)
 
     # -- layers ----------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from . import __version__
 from .artifacts import Images
 from .datasets import Dataset, load_dataset
 from .device import device_kind, device_settings, peak_memory
-from .errors import ConfigError, HarnessError, NotApplicable
+from .errors import ConfigError, HarnessError, NotApplicable, TrackingError
 from .experiment import PICTURES, Experiment, RunSpec
 from .plugins import Plugins
 from .record import DatasetFacts, ErrorFacts, MetricValue, ModelFacts, Record, Spool, Status, StoredRun, TechniqueFacts
@@ -176,9 +176,13 @@ class Runner:
                 try:
                     answer: Any = impl.function(session=self.session, key=key)
                     found = answer
-                except HarnessError as error:
+                except ConfigError:
+                    raise  # a wrong address is the user's to mend, before work begins
+                except TrackingError as error:
                     self.session.offline = True
                     self.session.warning(str(error))
+                except Exception as error:  # somebody's store is in trouble; the run can be computed all the same
+                    self.session.warning(f"harness_find_run: {type(error).__name__}: {error}")
                 if found is not None:
                     break
         return found
@@ -209,7 +213,9 @@ class Runner:
 
     def _tell(self, hook: str, **arguments: Any) -> None:
         for error in self.plugins.call(hook, session=self.session, **arguments):
-            if isinstance(error, HarnessError):
+            if isinstance(error, ConfigError):
+                raise error
+            if isinstance(error, TrackingError):
                 self.session.offline = True
                 self.session.warning(str(error))
             else:

@@ -61,6 +61,9 @@ class Tracker:
         else:
             _probe(uri)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # Its links and download bars would stand between our own lines.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         # MLflow's own patience is four minutes; ours is seconds, since nothing is lost when the server is away.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -78,6 +81,7 @@ class Tracker:
             connection.close()
         self._experiments: dict[str, str] = {}
         self._parents: dict[str, str] = {}
+        self._searched: set[str] | None = None
         self._ids: dict[str, str] = {}  # harness run id -> MLflow run id
 
     @contextmanager
@@ -132,15 +136,19 @@ class Tracker:
                 self._parents[digest] = self.client.create_run(experiment, tags=tags).info.run_id
         return self._parents[digest]
 
-    def log(self, run: StoredRun, experiment: str, parent: str | None) -> StoredRun:
-        """Send one run; afterwards it stands in the store and the spool's copy may go."""
+    def log(self, run: StoredRun, experiment: str, parent: str | None, fresh: bool = False) -> StoredRun:
+        """Send one run; afterwards it stands in the store and the spool's copy may go.
+
+        A run that is not `fresh` may have been sent before, by a process that was killed before it could tidy up.
+        """
         from mlflow.entities import Metric, Param
 
         record = run.record
         with self._errors():
-            known = self._find(f"tags.`harness.run_id` = '{record.run_id}' and attributes.status != 'RUNNING'")
-            if known is not None:
-                return known
+            if not fresh:
+                known = self._find(f"tags.`harness.run_id` = '{record.run_id}' and attributes.status != 'RUNNING'")
+                if known is not None:
+                    return known
             started = int(datetime.fromisoformat(record.started).timestamp() * 1000)
             tags = {"mlflow.runName": f"{record.technique.name} {record.model.name}", **_tags(record)}
             if parent:
@@ -196,8 +204,11 @@ class Tracker:
             return self._find(f"tags.`harness.key` = '{key}' and attributes.status = 'FINISHED'")
 
     def _find(self, query: str) -> StoredRun | None:
-        experiments = [e.experiment_id for e in self.client.search_experiments()]
-        for found in self.client.search_runs(experiments, query, max_results=5, order_by=["attributes.start_time DESC"]):
+        if self._searched is None:
+            # Asked once a process: what others add meanwhile is at worst computed again.
+            self._searched = {e.experiment_id for e in self.client.search_experiments()}
+        experiments = self._searched | set(self._experiments.values())
+        for found in self.client.search_runs(sorted(experiments), query, max_results=5, order_by=["attributes.start_time DESC"]):
             run = self._stored(found)
             if run is not None:
                 return run
@@ -339,7 +350,7 @@ def harness_run_finished(session: Session, run: StoredRun) -> None:
     tracker, experiment = _of(session), session.experiment
     with tracker._errors():
         parent = tracker.parent(experiment.name, experiment.digest(), experiment.command)
-    stored = tracker.log(run, experiment.name, parent)
+    stored = tracker.log(run, experiment.name, parent, fresh=True)
     session.done[run.record.key] = stored
     session.spool.remove(run)
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -83,13 +83,13 @@ class Occlusion(Technique):
 
     def run(self, ctx: Context) -> Result:
         found = self.measure(ctx)
-        maps = spread(found.drops, found.masks, self.convention)
+        maps = spread(found.drops, found.boxes, ctx.images.shape[2:], self.convention)
         unit = "score" if self.convention == "zennit" else "drop of the score"
         texts = captions(ctx)
         artifacts = [Heatmaps("occlusion", maps, captions=texts, signed=True, unit=unit)]
         metrics = []
         if found.lost is not None and found.chance is not None:
-            lost = spread(found.lost, found.masks, self.convention)
+            lost = spread(found.lost, found.boxes, ctx.images.shape[2:], self.convention)
             artifacts.append(Heatmaps("occlusion_probability", lost, captions=texts, signed=True, unit="drop of the probability"))
             largest = found.lost.amax(1)
             about = "largest drop of the class probability that one covered window causes"
@@ -108,21 +108,25 @@ class Occlusion(Technique):
         window, stride = self.pixels(height, width)
         cover = baseline(ctx, self.baseline)
         boxes = windows(height, width, window, stride, self.convention)
-        masks = torch.zeros((len(boxes), height, width), device=x.device, dtype=torch.bool)
-        for mask, (top, bottom, left, right) in zip(masks, boxes, strict=True):
-            mask[top:bottom, left:right] = True
-        hidden = ~masks if self.convention == "zennit" else masks
         total = len(x) * len(boxes)
 
         def clean(rows: slice) -> tuple[Tensor, Tensor | None]:
             output = target.output(model, x[rows])
             return target.score(output, rows), target.probability(output, rows)
 
+        keep_only = self.convention == "zennit"
+        below, above = (x, cover) if keep_only else (cover, x)  # what shows through the window, and around it
+
         def covered(rows: slice) -> tuple[Tensor, Tensor | None]:
             """Scores of covered copies number rows.start to rows.stop, counted picture by picture."""
-            number = torch.arange(rows.start, rows.stop, device=x.device)
-            picture, box = number // len(boxes), number % len(boxes)
-            output = target.output(model, torch.where(hidden[box].unsqueeze(1), cover[picture], x[picture]))
+            numbers = range(rows.start, rows.stop)
+            picture = torch.arange(rows.start, rows.stop, device=x.device) // len(boxes)
+            # One copy of the pictures and small writes into it: less memory traffic than masks.
+            copies = above[picture].contiguous(memory_format=torch.channels_last)
+            for copy, number in zip(copies, numbers, strict=True):
+                top, bottom, left, right = boxes[number % len(boxes)]
+                copy[:, top:bottom, left:right] = below[number // len(boxes), :, top:bottom, left:right]
+            output = target.output(model, copies)
             ctx.report("windows", rows.stop, total)
             return target.score(output, picture), target.probability(output, picture)
 
@@ -132,15 +136,15 @@ class Occlusion(Technique):
         assert score is not None
         assert scores is not None
         if self.convention == "zennit":
-            return Measured(masks, scores, None, chance)
-        return Measured(masks, score[:, None] - scores, None if chance is None or chances is None else chance[:, None] - chances, chance)
+            return Measured(boxes, scores, None, chance)
+        return Measured(boxes, score[:, None] - scores, None if chance is None or chances is None else chance[:, None] - chances, chance)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What covering did: masks (windows, H, W); drops and lost probability (N, windows); clean probability (N,)."""
+    """What covering did: the windows; drops and lost probability (N, windows); clean probability (N,)."""
 
-    masks: Tensor
+    boxes: Sequence[tuple[int, int, int, int]]
     drops: Tensor
     lost: Tensor | None
     chance: Tensor | None
@@ -166,14 +170,14 @@ def windows(height: int, width: int, window: int, stride: int, convention: Conve
     return [(y, min(y + window, height), x, min(x + window, width)) for y in starts(height) for x in starts(width)]
 
 
-def spread(values: Tensor, masks: Tensor, convention: Convention) -> Tensor:
-    """(N, windows) values on (windows, H, W) masks -> (N, H, W): the mean over covering windows, or their sum."""
-    shape = (values.shape[0], *masks.shape[1:])
-    flat = masks.flatten(1).to(values.dtype)
-    total = (values @ flat).view(shape)
-    if convention != "mean":
-        return total
-    return total / flat.sum(0).clamp_min(1).view(1, *masks.shape[1:])
+def spread(values: Tensor, boxes: Sequence[tuple[int, int, int, int]], size: Sequence[int], convention: Convention) -> Tensor:
+    """(N, windows) values -> (N, H, W): at each pixel the mean over the windows that cover it, or their sum."""
+    total = values.new_zeros((len(values), *size))
+    count = values.new_zeros(tuple(size))
+    for i, (top, bottom, left, right) in enumerate(boxes):
+        total[:, top:bottom, left:right] += values[:, i, None, None]
+        count[top:bottom, left:right] += 1
+    return total if convention != "mean" else total / count.clamp_min(1)
 
 
 def baseline(ctx: Context, kind: str) -> Tensor:

@@ -118,7 +118,7 @@ def test_captum_finds_the_same(digits_cnn, tmp_path):
     result = run_once(NearestNeighbors(k=3), digits_cnn, data)
     ours = next(a for a in result.artifacts if a.name == "neighbours").data["features.indices"]
     images = to_images(data.pictures(digits_cnn.input), digits_cnn.device)
-    normalised = (images - digits_cnn._mean) / digits_cnn._std
+    normalised = digits_cnn.normalise(images)
     peer = SimilarityInfluence(
         digits_cnn.module, "classifier.2", torch.utils.data.TensorDataset(normalised), str(tmp_path), "digits",
         # captum 0.9 hands its metric a list of one tensor where it documents the tensor

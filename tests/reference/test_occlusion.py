@@ -37,7 +37,7 @@ def test_linear_model_has_a_closed_form(size, window, stride, baseline):
     technique = Occlusion(target=1, window=window, stride=stride, baseline=baseline)
     ctx, _, stored = run(technique, model)
     measured = technique.measure(ctx)
-    found = spread(measured.drops, measured.masks, "mean")
+    found = spread(measured.drops, measured.boxes, (size, size), "mean")
     w = model.module[1].weight[1].view(3, size, size)
     covers = {"grey": 0.5, "black": 0.0, "mean": ctx.images.mean((2, 3), keepdim=True)}
     parts = (w * (ctx.images - covers[baseline])).sum(1)  # (N, H, W)

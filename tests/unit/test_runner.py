@@ -282,8 +282,9 @@ def test_an_unreachable_server_costs_one_warning_and_nothing_else(go, own_state)
 
 
 def test_a_plain_folder_is_no_tracking_store(go):
-    _, outcomes = go(probe())
-    assert outcomes
+    with pytest.raises(ConfigError, match="sqlite:///PATH"):
+        go(probe(), uri="/tmp/x")
+    assert CALLS == []
     with pytest.raises(ConfigError, match="sqlite:///PATH"):
         tracker_for("file:///tmp/x", Path("/tmp/x"))
     with pytest.raises(TrackingError, match="does not answer"):
