@@ -41,6 +41,7 @@ class MetricValue(_Part):
     better: str = ""
     per_image: list[float | None] = []
     about: str = ""
+    detail: str = ""
 
 
 class TechniqueFacts(_Part):

@@ -288,8 +288,8 @@ class Runner:
             uses=[u.run.record.key for u in used],
             metrics=[
                 MetricValue(
-                    name=m.name, value=_number(m.value), unit=m.unit, better=m.better,
-                    per_image=[_number(v) for v in m.per_image], about=m.about,
+                    name=m.name, value=_number(m.value), unit=m.unit, better=m.better, about=m.about, detail=m.detail,
+                    per_image=[_number(v) for v in m.per_image],
                 )
                 for m in result.metrics
             ],

@@ -57,7 +57,8 @@ class Metric:
     unit: str = ""
     better: Literal["higher", "lower", ""] = ""
     per_image: Sequence[float] = ()
-    about: str = ""
+    about: str = ""  # what it measures, the same for every model
+    detail: str = ""  # what belongs to this value: an interval, a count
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_.]*", self.name):

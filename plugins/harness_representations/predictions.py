@@ -54,8 +54,11 @@ class Predictions(Technique):
             for name, places in (("top1", 1), ("top5", width)):
                 right = (top[:, :places] == labels[:, None]).any(1)
                 low, high = wilson(int(right.sum()), count)
-                about = f"{int(right.sum())} of {count} right; 95 % interval {low:.3f} to {high:.3f}"
-                metrics.append(Metric(name, float(right.mean()), better="higher", per_image=right.astype(float).tolist(), about=about))
+                about = f"share of pictures whose label is among the first {places}, with its 95 % interval"
+                detail = f"{int(right.sum())} of {count}, {low:.3f} to {high:.3f}"
+                metrics.append(
+                    Metric(name, float(right.mean()), better="higher", per_image=right.astype(float).tolist(), about=about, detail=detail)
+                )
         shown = evenly(self.pictures, count)
         rows = []
         for i in shown:

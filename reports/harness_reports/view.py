@@ -79,7 +79,7 @@ class MetricRow:
     about: str
     better: str
     values: Sequence[str]
-    best: int = -1
+    best: Sequence[int] = ()  # columns that hold the best value
 
 
 @dataclass(frozen=True)
@@ -279,10 +279,11 @@ def _metrics(runs: Sequence[StoredRun]) -> list[MetricRow]:
         found: list[MetricValue | None] = [r.record.metric(name) for r in runs]
         first = next(m for m in found if m is not None)
         values = [m.value if m is not None else None for m in found]
-        known = [(v, i) for i, v in enumerate(values) if v is not None]
-        best = -1
-        if len(known) > 1 and first.better and len({v for v, _ in known}) > 1:
-            best = (max if first.better == "higher" else min)(known)[1]
+        known = [v for v in values if v is not None]
+        best: list[int] = []
+        if first.better and len(set(known)) > 1:
+            top = (max if first.better == "higher" else min)(known)
+            best = [i for i, v in enumerate(values) if v == top]
         texts = ["" if m is None else _value(m) for m in found]
         rows.append(MetricRow(words(name), first.about, first.better, texts, best))
     return rows
@@ -292,7 +293,9 @@ def _value(metric: MetricValue) -> str:
     """'0.7' or, with a value a picture, '0.7 (s.d. 0.2, n = 20)'."""
     known = [v for v in metric.per_image if v is not None]
     text = number(metric.value, metric.unit)
-    if len(known) > 1 and not set(known) <= {0.0, 1.0}:
+    if metric.detail:
+        text += f" ({metric.detail})"
+    elif len(known) > 1 and not set(known) <= {0.0, 1.0}:
         text += f" (s.d. {number(float(np.std(known, ddof=1)))}, n = {len(known)})"
     elif known:
         text += f" (n = {len(known)})"

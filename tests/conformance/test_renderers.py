@@ -42,7 +42,7 @@ def record(**change):
         "params": {"p": EVIL}, "model": ModelFacts(name=EVIL, builder=EVIL, weights="f" * 64, license=EVIL),
         "dataset": DatasetFacts(name=EVIL, fingerprint="b" * 64, pictures=3), "device": {"kind": "cpu", "name": EVIL},
         "versions": {"torch": EVIL}, "git": {"commit": EVIL, "dirty": True}, "notes": [EVIL],
-        "metrics": [MetricValue(name="m", value=0.5, per_image=[0.4, 0.6], about=EVIL, better="higher"), MetricValue(name="n", value=None)],
+        "metrics": [MetricValue(name="m", value=0.5, per_image=[0.4, 0.6], about=EVIL, better="higher"), MetricValue(name="n", value=None, detail=EVIL)],
     }  # fmt: skip
     return Record(**{**values, **change})
 

@@ -22,7 +22,7 @@ def test_converted_squeezenet_is_right_as_often_as_it_should(squeezenet, registr
     found = {m.name: m for m in run_once(Predictions(), squeezenet, load_dataset("imagenet_samples", registry), max_batch=20).metrics}
     assert found["top1"].value == 14 / 20
     assert found["top5"].value == 17 / 20
-    assert "14 of 20" in found["top1"].about
+    assert found["top1"].detail == "14 of 20, 0.481 to 0.855"
 
 
 @pytest.mark.parametrize(("name", "least"), [("digits_linear", 0.95), ("digits_cnn", 0.98), ("digits_resnet", 0.98)])
