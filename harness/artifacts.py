@@ -21,7 +21,10 @@ PIXEL_TOLERANCE = 1e-5
 def to_numpy(value: Any, dtype: Any = None) -> np.ndarray:
     """A numpy array from a tensor on any device, an array or nested lists."""
     if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # numpy has no such type
+            value = value.float()
+        value = value.numpy()
     return np.asarray(value, dtype=dtype)
 
 

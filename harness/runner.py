@@ -9,7 +9,9 @@ import subprocess
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -249,7 +251,9 @@ class Runner:
                 _ = model.as_loaded
                 try:
                     check_needs(technique, ctx)
-                    result = _with_inputs(_checked(technique.run(ctx)), ctx, "images" in technique.needs)
+                    with _noted() as notes:
+                        result = _with_inputs(_checked(technique.run(ctx)), ctx, "images" in technique.needs)
+                    result = replace(result, notes=[*result.notes, *notes])
                 finally:
                     batch = ctx.max_batch
                     changed = model.changes()
@@ -265,7 +269,7 @@ class Runner:
                 bad_input = isinstance(problem, ConfigError)
                 message = str(problem) if isinstance(problem, HarnessError) else f"{type(problem).__name__}: {problem}"
                 error = ErrorFacts(type=type(problem).__name__, message=message, traceback=traceback.format_exc(), bad_input=bad_input)
-            memory = peak_memory(facts.kind)
+            memory = peak_memory(device_kind(spec.device))
         seconds = time.perf_counter() - clock
         record = Record(
             run_id=uuid.uuid4().hex,
@@ -377,6 +381,23 @@ def _status(text: str) -> Status:
 
 def _number(value: float) -> float | None:
     return value if abs(value) < float("inf") else None  # NaN compares false
+
+
+@contextmanager
+def _noted() -> Iterator[list[str]]:
+    """Warnings about operations that are not repeatable, as notes for the record; all others pass on."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield notes
+    for item in caught:
+        text = str(item.message)
+        if "does not have a deterministic implementation" in text:
+            note = f"not repeatable bit for bit: {text.split(' does not have')[0]} has no deterministic form on this device"
+            if note not in notes:
+                notes.append(note)
+        else:
+            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
 
 
 def _checked(result: Any) -> Result:

@@ -20,7 +20,7 @@ def gini(maps: Tensor) -> Tensor:
     """
     import torch
 
-    values = maps.flatten(1).double().sort(1).values
+    values = maps.detach().flatten(1).cpu().double().sort(1).values  # MPS has no float64
     n = values.shape[1]
     rank = torch.arange(1, n + 1, device=values.device, dtype=values.dtype)
     total = values.sum(1)

@@ -40,6 +40,11 @@ class Probe(Technique):
             return Result([], [Metric("m", float("nan"), per_image=[1.0, float("inf")])])
         if self.act == "wrong":
             return 3
+        if self.act == "unrepeatable":
+            import warnings
+
+            for _ in range(2):
+                warnings.warn("pool_backward_cuda does not have a deterministic implementation, but you set", stacklevel=1)
         if self.act == "hungry" and ctx.max_batch > 3:
             ctx.max_batch = 3
         noise = ctx.randn_like(ctx.images)
@@ -172,6 +177,25 @@ def test_a_changed_model_is_a_failure_and_is_loaded_anew(go):
 
 def test_what_is_not_a_result_is_a_failure(go):
     assert "must return a Result" in go(probe("wrong"))[1][0].run.record.error.message
+
+
+def test_operations_that_are_not_repeatable_are_noted_once(go):
+    notes = go(probe("unrepeatable"))[1][0].run.record.notes
+    assert notes == ["not repeatable bit for bit: pool_backward_cuda has no deterministic form on this device"]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_runs_to_the_end(go, precision):
+    everything = [
+        ("saliency", {}),
+        ("occlusion", {}),
+        ("predictions", {}),
+        ("nearest_neighbors", {"k": 1}),
+        ("class_visualization", {"steps": 3}),
+    ]
+    _, outcomes = go(*everything, precision=precision)
+    assert [o.run.record.error for o in outcomes] == [None] * len(everything)
+    assert {o.run.record.device["precision"] for o in outcomes} == {precision}
 
 
 def test_numbers_that_are_not_finite_are_kept_as_such(go):
