@@ -14,7 +14,7 @@ audit: .venv/ready
 		-p 'class_visualization.classes=[flamingo, tarantula, dalmatian, ostrich]'
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest tests --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest tests -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 check: .venv/ready-dev
 	$(BIN)/ruff format --check .

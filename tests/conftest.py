@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from harness.models import LoadedModel, load_model
 from harness.plugins import Plugins, load_plugins
 from harness.registry import InputSpec, Registry, load_registry
 
-torch.set_num_threads(2)
+# Two test processes share two cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

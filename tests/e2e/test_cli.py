@@ -52,7 +52,7 @@ def _seconds(*words):
 
 def test_a_cached_run_answers_without_torch(tmp_path):
     words = ["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--limit", "3"]
-    assert python("-m", "harness", *words).returncode == 0
+    assert invoke(words) == 0
     code = f"import sys; from harness.cli.main import invoke; assert invoke({words}) == 0; print('torch' in sys.modules)"
     done = python("-c", code)
     assert "reused" in done.stderr
