@@ -47,6 +47,8 @@ class DeviceGuard(TorchFunctionMode):
         ours = self._caller()
         if ours and name in FACTORIES and name not in ("as_tensor", "from_numpy") and kwargs.get("device") is None:
             self.problems.append(f"torch.{name} without device= at {ours}")
+        if ours and name in FACTORIES and isinstance(kwargs.get("device"), str) and not ours.startswith("context.py:"):
+            self.problems.append(f"torch.{name} with device={kwargs['device']!r} at {ours}; use ctx.device")
         if ours and name in DRAWS and kwargs.get("generator") is None:
             self.problems.append(f"torch.{name} without generator= at {ours}; use ctx.draws() or ctx.randn_like()")
         return func(*args, **kwargs)

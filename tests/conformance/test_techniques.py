@@ -85,6 +85,8 @@ class _Careless(Technique):
             maps = maps + torch.rand(maps.shape, device=ctx.device)
         elif self.rule == "device":
             maps = maps + torch.zeros(1)
+        elif self.rule == "wrong device":
+            maps = maps + torch.zeros(1, device="cpu")
         elif self.rule == "batch":
             maps = maps * ctx.max_batch
         elif self.rule == "hooks":
@@ -106,6 +108,7 @@ class _Careless(Technique):
         ("global seed", "global random generators"),
         ("global seed", "without generator="),
         ("device", "torch.zeros without device="),
+        ("wrong device", "torch.zeros with device='cpu'"),
         ("batch", "depends on max_batch"),
         ("hooks", "left the model changed: hooks"),
         ("training", "left the model changed: modules or training flags"),
