@@ -112,6 +112,12 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         click.echo(f"error: {where}{error.strerror or error}", err=True)
         return ConfigError.exit_code
+    except Exception as error:  # a user's own network or plugin may raise anything
+        if "--debug" in words:
+            traceback.print_exc()
+        text = " ".join(str(error).split())[:300]
+        click.echo(f"error: {type(error).__name__}: {text} (`harness --debug` shows where)", err=True)
+        return 1
 
 
 if __name__ == "__main__":

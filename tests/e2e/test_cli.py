@@ -173,6 +173,17 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_network_that_raises_gets_one_line(cli, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n        raise KeyError('no such head')\n"
+    )
+    (tmp_path / "r.yaml").write_text("models:\n  mine: {builder: 'net.py:Net', input: {channels: 1, size: 8}}\n")
+    _, err = cli("-r", "r.yaml", "show", "mine", code=1)
+    assert err.startswith("error: KeyError: 'no such head'")
+    _, err = cli("-r", "r.yaml", "run", "-m", "mine", "-d", "digits", "-t", "saliency", "--limit", "2", code=1)
+    assert "FAILED: KeyError: 'no such head'" in err
+
+
 def pictures(folder: Path, **extra: bytes) -> Path:
     folder.mkdir(parents=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / "a.png")
