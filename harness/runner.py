@@ -235,7 +235,9 @@ class Runner:
     def _compute(self, plan: Planned, used: Sequence[Outcome], progress: Callable[[str, int, int], None]) -> tuple[Record, Result]:
         spec, technique = plan.spec, plan.technique
         started, clock = datetime.now(UTC), time.perf_counter()
-        result, status, error, batch, selected = Result(), "finished", None, spec.max_batch, []
+        result, error, batch = Result(), None, spec.max_batch
+        selected: list[str] = []
+        status: Status = "finished"
         class_count = 0
         with device_settings(spec.device, spec.precision) as facts:
             try:
@@ -274,7 +276,7 @@ class Runner:
         record = Record(
             run_id=uuid.uuid4().hex,
             key=plan.key,
-            status=_status(status),
+            status=status,
             experiment=self.session.experiment.name,
             spec=spec.model_dump(mode="json"),
             technique=self._technique_facts(technique),
@@ -373,10 +375,6 @@ class Runner:
             license=entry.license,
             source=entry.source.partition(":")[0],
         )
-
-
-def _status(text: str) -> Status:
-    return text  # type: ignore[return-value]
 
 
 def _number(value: float) -> float | None:

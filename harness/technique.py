@@ -115,12 +115,14 @@ class Technique(BaseModel):
             raise TypeError(f"{where}: `name` must be a slug like 'integrated_gradients', not {cls.name!r}")
         if not cls.__dict__.get("__doc__"):
             raise TypeError(f"{where}: a docstring that says what it computes is missing")
+        if cls.run is Technique.run:
+            raise TypeError(f"{where}: run(ctx) is missing")
         undocumented = [n for n, f in cls.model_fields.items() if not f.description]
         if undocumented:
             raise TypeError(f"{where}: parameter {', '.join(undocumented)} has no description; declare it with Param(...)")
 
     def run(self, ctx: Context) -> Result:
-        raise NotImplementedError(f"{type(self).__name__} does not define run(ctx)")
+        raise NotImplementedError  # a class without its own is refused when it is defined
 
     def uses(self) -> Sequence[Use]:
         """Results of other techniques, found under `ctx.results[technique name]`."""

@@ -132,7 +132,11 @@ def test_a_careful_technique_has_no_problems():
         ({"__doc__": "Text."}, "must be a slug"),
         ({"__doc__": "Text.", "name": "Bad-Name"}, "must be a slug"),
         ({"name": "fine"}, "docstring"),
-        ({"__doc__": "Text.", "name": "fine", "__annotations__": {"x": int}, "x": 1}, "parameter x has no description"),
+        ({"__doc__": "Text.", "name": "fine"}, r"run\(ctx\) is missing"),
+        (
+            {"__doc__": "Text.", "name": "fine", "run": lambda self, ctx: None, "__annotations__": {"x": int}, "x": 1},
+            "parameter x has no description",
+        ),
     ],
 )
 def test_a_class_that_is_not_a_technique_is_refused_when_defined(body, message):

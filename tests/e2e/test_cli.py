@@ -291,19 +291,18 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path, own_state):
     assert [p.info.status for p in parents] == ["FINISHED"]  # the interrupted one was taken up again
 
 
-def test_training_gives_the_shipped_bytes(cli, tmp_path, registry):
-    """A recipe, its data, seed and versions determine the weights."""
-    import torch
+def test_training_again_gives_the_shipped_network(cli, tmp_path):
+    """A recipe, its data and seed determine the network, up to the rounding of another machine."""
+    import harness
 
     out, _ = cli("train", "digits_linear", "-o", "w", "--device", "cpu")
     card = json.loads((tmp_path / "w" / "digits_linear.json").read_text())
-    assert card["accuracy"]["test"] > 0.95
-    assert card["sha256"] in out
-    import harness
-
     shipped = json.loads((Path(harness.__file__).parent / "data" / "digits_linear.json").read_text())
-    if card["versions"] == shipped["versions"] and torch.get_num_threads() == 2:
-        assert card["final_loss"] == pytest.approx(shipped["final_loss"], rel=1e-3)
+    assert card["sha256"] in out
+    assert card["recipe"] == shipped["recipe"]
+    assert card["data"] == shipped["data"]
+    assert card["final_loss"] == pytest.approx(shipped["final_loss"], rel=1e-3)
+    assert card["accuracy"]["test"] == pytest.approx(shipped["accuracy"]["test"], abs=1 / 360 + 1e-9)
 
 
 def test_a_recipe_is_trained_for_its_model(cli, tmp_path, registry):
