@@ -55,18 +55,15 @@ def saliency(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     batch = 8
     images = pictures(model, batch)
     target = torch.zeros(batch, dtype=torch.int64)
-    technique = load_plugins().technique("saliency").build({"target": 0})
+    technique = load_plugins().technique("saliency").build({})
 
     def raw() -> None:
         leaf = images.clone().requires_grad_()
         torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
 
     def ours() -> None:
-        # the map alone, as the peer gives it; the captions' forward pass is the report's
-        ctx = context(model, images, "saliency", batch)
-        from harness_saliency.saliency import reduce_channels
-
-        reduce_channels(ctx.input_gradient(), technique.values, technique.channels)
+        ctx = Context(model, images=images, ids=[str(i) for i in range(batch)], technique="saliency", max_batch=batch)
+        technique.run(ctx)
 
     def peer() -> None:
         Peer(model).attribute(images.clone().requires_grad_(), target=target).amax(1)

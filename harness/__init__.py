@@ -16,6 +16,7 @@ _HOMES = {
     "HarnessError": "errors",
     "Heatmaps": "artifacts",
     "Images": "artifacts",
+    "Matrix": "artifacts",
     "Metric": "technique",
     "NotApplicable": "errors",
     "Paper": "technique",
@@ -37,6 +38,7 @@ __all__ = [
     "HarnessError",
     "Heatmaps",
     "Images",
+    "Matrix",
     "Metric",
     "NotApplicable",
     "Paper",
@@ -52,7 +54,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .artifacts import Arrays, Curve, Heatmaps, Images, Scatter, Table
+    from .artifacts import Arrays, Curve, Heatmaps, Images, Matrix, Scatter, Table
     from .context import Context
     from .errors import ConfigError, HarnessError, NotApplicable
     from .hookspecs import hookimpl

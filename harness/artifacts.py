@@ -69,6 +69,15 @@ class Artifact:
                 meta[f.name] = value
         return meta, arrays
 
+    def summary(self) -> dict[str, list[float]]:
+        """{array: [mean, root mean square, largest magnitude]} of its numbers, by which two runs can be compared."""
+        found = {}
+        for name, array in self.parts()[1].items():
+            if array.dtype.kind in "fiu" and array.size:
+                wide = array.astype(np.float64)
+                found[name] = [float(wide.mean()), float(np.sqrt(np.square(wide).mean())), float(np.abs(wide).max())]
+        return found
+
     def save(self, path: Path) -> None:
         """Write the artifact as one .npz; the same artifact gives the same bytes."""
         meta, arrays = self.parts()
@@ -103,7 +112,8 @@ def _unpack(array: np.ndarray) -> np.ndarray:
 class Images(Artifact):
     """Pictures (N, C, H, W), C 1 or 3, float32 in [0, 1].
 
-    `columns` > 0 asks for a grid of that many columns; `exact` draws enlarged pixels as squares (filters, digits).
+    `columns` > 0 asks for a grid of that many columns; `exact` draws enlarged pixels as squares (filters, digits);
+    `zoom` lets a reader enlarge a picture that holds much.
     """
 
     kind: ClassVar[str] = "images"
@@ -111,6 +121,7 @@ class Images(Artifact):
     captions: Sequence[str] = ()
     columns: int = 0
     exact: bool = False
+    zoom: bool = False
 
     def __post_init__(self) -> None:
         data = to_numpy(self.data, np.float32)
@@ -126,9 +137,10 @@ class Images(Artifact):
 
 @dataclass(frozen=True, eq=False)
 class Heatmaps(Artifact):
-    """Maps (N, H, W), float32, one a picture; `over` are the pictures' places in the run's inputs.
+    """Maps (N, H, W), float32, one a picture; `over` are the pictures' places in the run's inputs, empty for maps of none.
 
     `signed` maps are drawn around zero; `unit` names what a value means; `shared_scale` draws all on one scale.
+    `columns` > 0 draws all of them as one sheet of small tiles: the channels of a layer.
     """
 
     kind: ClassVar[str] = "heatmaps"
@@ -138,6 +150,7 @@ class Heatmaps(Artifact):
     unit: str = ""
     shared_scale: bool = False
     over: Sequence[int] | None = None
+    columns: int = 0
 
     def __post_init__(self) -> None:
         data = to_numpy(self.data, np.float32)
@@ -146,7 +159,7 @@ class Heatmaps(Artifact):
         if not self.signed:
             _check(float(data.min()) >= 0, self, "negative values in a map declared unsigned")
         over = range(len(data)) if self.over is None else self.over
-        _check(len(over) == len(data), self, f"{len(over)} places for {len(data)} maps")
+        _check(len(over) in (0, len(data)), self, f"{len(over)} places for {len(data)} maps")
         self._set(data=data, over=tuple(int(i) for i in over))
         self._captions(self.captions, len(data))
 
@@ -167,6 +180,7 @@ class Curve(Artifact):
         x = to_numpy(self.x, np.float64)
         lines = {str(k): to_numpy(v, np.float64) for k, v in self.lines.items()}
         _check(x.ndim == 1 and x.size > 0 and bool(lines), self, "x (T,) and at least one line are needed")
+        _finite(self, x)
         for label, line in lines.items():
             _check(line.shape == x.shape, self, f"line {label!r} {line.shape} does not fit x {x.shape}")
             _finite(self, line)
@@ -175,7 +189,10 @@ class Curve(Artifact):
 
 @dataclass(frozen=True, eq=False)
 class Scatter(Artifact):
-    """Points (N, 2) with an optional group index each (N,) naming one of `groups`."""
+    """Points (N, 2) with an optional group index each (N,) naming one of `groups`.
+
+    `pictures` (M, C, h, w) in [0, 1] are drawn at the points `pictured` (M,), as small as a stamp.
+    """
 
     kind: ClassVar[str] = "scatter"
     points: Any
@@ -184,6 +201,8 @@ class Scatter(Artifact):
     captions: Sequence[str] = ()
     x_label: str = ""
     y_label: str = ""
+    pictures: Any = None
+    pictured: Any = None
 
     def __post_init__(self) -> None:
         points = to_numpy(self.points, np.float64)
@@ -194,11 +213,46 @@ class Scatter(Artifact):
         _check(group.min() >= 0 and group.max() < max(1, len(self.groups)), self, "group index outside `groups`")
         self._set(points=points, group=group, groups=tuple(map(str, self.groups)))
         self._captions(self.captions, len(points))
+        if self.pictures is not None:
+            pictures, pictured = to_numpy(self.pictures, np.float32), to_numpy(self.pictured, np.int64)
+            _check(pictures.ndim == 4 and pictures.shape[1] in (1, 3), self, f"pictures {pictures.shape} are not (M, 1 or 3, h, w)")
+            _check(pictured.shape == (len(pictures),), self, f"{pictured.shape} places for {len(pictures)} pictures")
+            _check(bool(((pictured >= 0) & (pictured < len(points))).all()), self, "a picture at a point that is not there")
+            _finite(self, pictures)
+            self._set(pictures=pictures.clip(0, 1), pictured=pictured)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix(Artifact):
+    """Values (R, C), every row and column named; `tree` (R - 1, 4) is a hierarchical clustering of the rows.
+
+    The tree is scipy's linkage matrix over the rows in the order given here; it is drawn beside them.
+    """
+
+    kind: ClassVar[str] = "matrix"
+    values: Any
+    rows: Sequence[str]
+    columns: Sequence[str]
+    unit: str = ""
+    signed: bool = False
+    tree: Any = None
+
+    def __post_init__(self) -> None:
+        values = to_numpy(self.values, np.float64)
+        _check(values.ndim == 2 and values.size > 0, self, f"shape {values.shape} is not (R, C)")
+        _finite(self, values)
+        _check(values.shape == (len(self.rows), len(self.columns)), self, f"names for {len(self.rows)} x {len(self.columns)} values")
+        self._set(values=values, rows=tuple(map(str, self.rows)), columns=tuple(map(str, self.columns)))
+        if self.tree is not None:
+            tree = to_numpy(self.tree, np.float64)
+            _check(tree.shape == (len(values) - 1, 4), self, f"tree {tree.shape} is not ({len(values) - 1}, 4)")
+            _finite(self, tree)
+            self._set(tree=tree)
 
 
 @dataclass(frozen=True, eq=False)
 class Table(Artifact):
-    """Rows of text and numbers under named columns; None is an empty cell."""
+    """Rows of text and numbers under named columns; None, and a number that is not finite, is an empty cell."""
 
     kind: ClassVar[str] = "table"
     columns: Sequence[str]
@@ -214,6 +268,8 @@ class Table(Artifact):
     def _cell(self, value: Any) -> Any:
         if hasattr(value, "item"):
             value = value.item()
+        if isinstance(value, float) and not np.isfinite(value):
+            return None
         _check(value is None or isinstance(value, str | int | float | bool), self, f"cell {value!r} is not text or a number")
         return value
 
@@ -234,7 +290,7 @@ class Arrays(Artifact):
         self._set(data=data)
 
 
-KINDS: dict[str, type[Artifact]] = {c.kind: c for c in (Images, Heatmaps, Curve, Scatter, Table, Arrays)}
+KINDS: dict[str, type[Artifact]] = {c.kind: c for c in (Images, Heatmaps, Curve, Scatter, Matrix, Table, Arrays)}
 
 
 def load(path: Path) -> Artifact:

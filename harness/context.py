@@ -111,19 +111,36 @@ class Context:
     def labels(self) -> Tensor | None:
         return self._labels
 
-    def stream(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, images) of the whole dataset, the next batch being opened during the work on this one."""
+    def stream(self, work: Callable[[Tensor], T]) -> Iterator[tuple[slice, T]]:
+        """(rows, work(images)) over the whole dataset without gradients; the next batch is opened during the work on this one.
+
+        `work` gets at most `max_batch` pictures; when memory runs out it is called again with fewer.
+        """
         total = len(self.dataset)
-        for rows, pixels in self.dataset.batches(self.model.input, self.max_batch):
-            yield rows, to_images(pixels, self.device, self.model.dtype)
-            self.report("pictures", rows.stop, total)
+        for whole, pixels in self.dataset.batches(self.model.input, self.max_batch):
+            images = to_images(pixels, self.device, self.model.dtype)
+            start = whole.start
+
+            def some(rows: slice, images: Tensor = images) -> tuple[int, T]:
+                with torch.no_grad():
+                    return rows.stop - rows.start, work(images[rows])
+
+            for count, value in self.batched(len(images), some):
+                yield slice(start, start + count), value
+                start += count
+            self.report("pictures", whole.stop, total)
 
     # -- what is explained -----------------------------------------------------------------------------------------
 
     @cached_property
+    def own_logits(self) -> Tensor:
+        """(N, K) class scores of the pictures; known without a further pass once `input_gradient()` has been there."""
+        return self.logits(self.images)
+
+    @cached_property
     def predicted(self) -> Tensor:
         """(N,) the class with the highest score for each picture."""
-        return self.logits(self.images).argmax(1)
+        return self.own_logits.argmax(1)
 
     @cached_property
     def target(self) -> Target:
@@ -137,15 +154,27 @@ class Context:
 
     def input_gradient(self, images: Tensor | None = None, target: Target | None = None) -> Tensor:
         """(N, C, H, W) gradient of each picture's score with respect to its pixels; rows are those of ctx.images."""
+        own = images is None
         x = self.images if images is None else images
-        target = target or self.target
+        # The predicted class is read off the pass that the gradient needs anyway.
+        best = own and target is None and self._spec == "predicted" and "own_logits" not in self.__dict__
+        wanted = None if best else target or self.target
+        seen: list[Tensor] = []
 
         def gradient(rows: slice) -> Tensor:
             with torch.enable_grad():
                 leaf = x[rows].detach().requires_grad_()
-                return torch.autograd.grad(target.score(target.output(self.model, leaf), rows).sum(), leaf)[0]
+                output = self.model(leaf) if wanted is None else wanted.output(self.model, leaf)
+                score = output.gather(1, output.argmax(1, keepdim=True)) if wanted is None else wanted.score(output, rows)
+                found = torch.autograd.grad(score.sum(), leaf)[0]
+            if own and (wanted is None or wanted.layer is None):
+                seen.append(output.detach())
+            return found
 
-        return torch.cat(list(self.batched(len(x), gradient)))
+        gradients = torch.cat(list(self.batched(len(x), gradient)))
+        if seen and "own_logits" not in self.__dict__:
+            self.own_logits = torch.cat(seen)
+        return gradients
 
     # -- randomness ------------------------------------------------------------------------------------------------
 
@@ -188,6 +217,24 @@ class Context:
         for done, item in enumerate(items, 1):
             yield item
             self.report(what, done, total)
+
+
+def labels_of(dataset: Dataset, model: LoadedModel) -> Tensor | None:
+    """(N,) the dataset's labels as indices into the model's classes, or None where the two name different things."""
+    classes = model.classes
+    if not classes and dataset.names_are_indices:
+        try:
+            classes = tuple(str(i) for i in range(model.class_count))
+        except NotApplicable:
+            return None
+    found = dataset.labels_for(classes)
+    if found is None:
+        return None
+    try:
+        _ = model.class_count  # as many names as scores, or an error before anything is indexed
+    except NotApplicable:
+        return None
+    return torch.from_numpy(found).to(model.device)
 
 
 def to_images(pixels: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

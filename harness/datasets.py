@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +183,7 @@ def _hash_files(paths: Sequence[Path], extra: Sequence[str]) -> str:
 def _from_files(
     name: str, root: Path, paths: Sequence[Path], labels: Sequence[int] | None, classes: tuple[str, ...], **more: Any
 ) -> Dataset:
-    ids = [path.relative_to(root).as_posix() for path in paths]
+    ids = [os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace") for path in paths]
     marks = [f"{i}\0{'' if labels is None else labels[n]}" for n, i in enumerate(ids)]
     return Dataset(
         name=name,
@@ -251,7 +253,10 @@ def digits(rest: str, name: str, entry: DatasetEntry) -> Dataset:
     packed = (root / "datasets" / "data" / "digits.csv.gz").read_bytes()
     values = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",")
     index = np.arange(len(values))
-    keep = {"all": index, "train": index[index % 5 != 0], "test": index[index % 5 == 0]}[rest or "all"]
+    parts = {"all": index, "train": index[index % 5 != 0], "test": index[index % 5 == 0]}
+    if (rest or "all") not in parts:
+        raise DataError(f"{entry.where}: dataset {name!r}: the digits have parts {', '.join(parts)}, not {rest!r}")
+    keep = parts[rest or "all"]
     pixels = np.rint(values[keep, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     return Dataset(
         name=name,
@@ -269,8 +274,9 @@ def torchvision_dataset(rest: str, name: str, entry: DatasetEntry) -> Dataset:
 
     root = cache_folder("datasets")
     cls = getattr(sets, rest, None)
-    if cls is None:
-        raise DataError(f"{entry.where}: torchvision has no dataset {rest!r}")
+    if not callable(cls) or "train" not in signature(cls).parameters:
+        fitting = ", ".join(n for n in sets.__all__ if "train" in signature(getattr(sets, n)).parameters)
+        raise DataError(f"{entry.where}: dataset {name!r}: {rest!r} is not one of torchvision's sets with a training part: {fitting}")
     parts = [True, False] if entry.split == "all" else [entry.split == "train"]
     loaded = []
     for train in parts:

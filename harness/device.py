@@ -23,7 +23,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 def device_kind(choice: str) -> str:
     """'cuda', 'mps' or 'cpu': 'auto' takes the first that is there. Does not import torch where 'cpu' is asked for."""
     kind, _, number = choice.partition(":")
-    if kind == "cpu":
+    if choice == "cpu":
         return choice
     if kind == "auto" and not _accelerator_possible():
         return "cpu"
@@ -32,7 +32,7 @@ def device_kind(choice: str) -> str:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind == "auto":
         return next(k for k in ("cuda", "mps", "cpu") if there[k])
-    if kind not in there:
+    if kind not in there or (number and kind != "cuda"):
         raise ConfigError(f"device {choice!r}: choose auto, cpu, cuda, cuda:N or mps")
     if not there[kind]:
         raise ConfigError(f"device {choice!r} is not available here; choose auto or cpu")

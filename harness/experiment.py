@@ -180,4 +180,4 @@ def load_experiment(path: Path, plugins: Plugins, **override: Any) -> Experiment
     common = {"limit": file.limit, "select": file.select, "device": file.device, "precision": file.precision, "max_batch": file.max_batch}
     common |= {k: v for k, v in override.items() if v is not None}
     runs = expand(plugins, file.models, file.datasets, techniques, file.seeds, **common)
-    return Experiment(file.name, runs, file.title or file.name, f"harness run {shlex.quote(path.name)}")
+    return Experiment(file.name, runs, file.title or file.name, shlex.join(["harness", "run", str(path)]))

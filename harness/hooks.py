@@ -52,11 +52,13 @@ def activations(
     layers: Sequence[str],
     images: Tensor,
     inputs: bool = False,
-) -> dict[str, Tensor]:
+    reduce: Callable[[str, Tensor], Any] | None = None,
+) -> dict[str, Any]:
     """{layer: output} of one forward pass, which ends at the deepest of the layers.
 
     Gradients flow where the caller enabled them. Outputs are as the layer gave them, also when an in-place operation
     follows. `calls` says how often a pass calls each module; `inputs` takes what the layers receive instead.
+    `reduce(layer, output)` is kept in the output's place: many layers can be looked at without holding them all.
     The name `ANSWER` among the layers is what the whole pass gives.
     """
     wanted: dict[tuple[str, int], str] = {}
@@ -67,7 +69,7 @@ def activations(
             continue
         base, call = split_call(name)
         same[name] = wanted.setdefault((base, call or calls.get(base, 1)), name)
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     seen: dict[str, int] = {}
 
     def keep(base: str, value: Any) -> None:
@@ -80,7 +82,7 @@ def activations(
             raise TypeError(f"layer {name!r} does not give a tensor")
         last = not whole and len(found) + 1 == len(wanted)
         # An in-place operation later in the pass would write over it; nothing comes after the last one.
-        found[name] = tensor if last else tensor.clone()
+        found[name] = reduce(name, tensor) if reduce else tensor if last else tensor.clone()
         if last:
             raise _Reached
 

@@ -37,12 +37,17 @@ def harness_weight_sources() -> Mapping[str, WeightSource]:  # type: ignore[empt
 
 @hookspec
 def harness_datasets() -> Mapping[str, DatasetSource]:  # type: ignore[empty-body]
-    """{scheme: source(rest, entry) -> Dataset} for `source: scheme:rest` in a registry."""
+    """{scheme: source(rest, name, entry) -> Dataset} for `source: scheme:rest` in a registry."""
 
 
 @hookspec
 def harness_renderers() -> Mapping[str, Renderer]:  # type: ignore[empty-body]
     """{format: renderer} for `--format`."""
+
+
+@hookspec
+def harness_experiment_started(session: Session) -> None:
+    """An experiment begins, before anything is planned: the place to tidy up after an earlier one."""
 
 
 @hookspec

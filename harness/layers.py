@@ -57,6 +57,11 @@ class LayerInfo:
 GLOBAL = Field(whole=True)
 _WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Linear, nn.MultiheadAttention, nn.Flatten)
+# Norms look wider while they train; in evaluation batch norm does not, and the others are counted without their statistics.
+_POINTWISE = (
+    nn.Identity, nn.Dropout, nn.Dropout2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm,
+    nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
 _SAME_FUNCTIONS: set[Any] = {
     F.relu, F.relu_, torch.relu, torch.relu_, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.relu6, F.leaky_relu, F.dropout,
     torch.sigmoid, torch.tanh, F.layer_norm, F.batch_norm, F.instance_norm, operator.neg, torch.clone, torch.permute,
@@ -88,7 +93,7 @@ def _module_field(module: nn.Module, x: Field) -> Field | None:
         # A linear layer on channels-last maps (ConvNeXt) works on each position alone; fx cannot tell it from a
         # classifier here, so the caller corrects it by the output's shape.
         return GLOBAL
-    return x  # activations, norms, dropout, stochastic depth
+    return x if isinstance(module, _POINTWISE) or type(module).__module__ == "torch.nn.modules.activation" else None
 
 
 def _join(fields: list[Field]) -> Field | None:

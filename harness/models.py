@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -96,12 +96,17 @@ class LoadedModel:
         if call is not None and not 1 <= call <= self.call_counts[base]:
             raise ConfigError(f"layer {name!r}: a forward pass calls {base!r} {self.call_counts[base]} times")
 
-    def activations(self, images: Tensor, layers: Sequence[str], inputs: bool = False) -> dict[str, Tensor]:
-        """{layer: output}; the pass ends at the deepest of them. `inputs` takes what the layers receive instead."""
+    def activations(
+        self, images: Tensor, layers: Sequence[str], inputs: bool = False, reduce: Callable[[str, Tensor], Any] | None = None
+    ) -> dict[str, Any]:
+        """{layer: output}; the pass ends at the deepest of them. `inputs` takes what the layers receive instead.
+
+        `reduce(layer, output)` takes the output's place as soon as it is there, so that many large ones need not be held.
+        """
         for name in layers:
             if name != hooks.ANSWER:
                 self.check_layer(name)
-        return hooks.activations(self, self.modules, self.call_counts, layers, images, inputs)
+        return hooks.activations(self, self.modules, self.call_counts, layers, images, inputs, reduce)
 
     @cached_property
     def last_map(self) -> str:
@@ -110,6 +115,17 @@ class LoadedModel:
             if isinstance(self.modules[hooks.split_call(name)[0]], nn.Linear | nn.Conv2d):
                 return name
         raise NotApplicable(f"model {self.name!r} has no linear layer or convolution")
+
+    @cached_property
+    def last_maps(self) -> str:
+        """The deepest layer before the class scores whose output is maps (C, H, W) with more than one position."""
+        names = [name for name, _ in self.calls]
+        shapes = dict(self.calls)
+        for name in reversed(names[: names.index(self.last_map)]):
+            module, shape = self.modules[hooks.split_call(name)[0]], shapes[name]
+            if len(shape) == 4 and shape[2] * shape[3] > 1 and not isinstance(module, nn.Sequential | nn.Dropout | nn.Identity):
+                return name
+        raise NotApplicable(f"model {self.name!r} has no layer with maps (C, H, W) before its class scores")
 
     def embedding(self, images: Tensor, layer: str = "penultimate") -> Tensor:
         """(N, D): a layer's output, averaged over positions; 'penultimate' is what the last linear layer receives."""
@@ -139,6 +155,10 @@ class LoadedModel:
             logits = self(self.example())
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise NotApplicable(f"model {self.name!r} does not give class scores (N, K)")
+        if self.classes and len(self.classes) != logits.shape[1]:
+            raise ConfigError(
+                f"model {self.name!r} has {len(self.classes)} class names for {logits.shape[1]} scores; correct `classes` in the registry"
+            )
         return logits.shape[1]
 
     def class_index(self, name: str | int) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -114,9 +115,7 @@ class NaturalColours:
     def __call__(self, gradient: Tensor) -> Tensor:
         if self.share == 0 or gradient.shape[1] != 3:
             return gradient
-        sigma = torch.tensor(NATURAL_COLOURS, device=gradient.device, dtype=gradient.dtype)
-        mixed = (1 - self.share) * torch.eye(3, device=gradient.device, dtype=gradient.dtype) + self.share * sigma
-        return torch.einsum("ij,njhw->nihw", mixed, gradient)
+        return torch.einsum("ij,njhw->nihw", _mixing(self.share, gradient.device, gradient.dtype), gradient)
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,26 @@ class LowFrequencies:
         if self.power == 0:
             return gradient
         height, width = gradient.shape[2:]
-        fy = torch.fft.fftfreq(height, device=gradient.device, dtype=gradient.dtype)[:, None]
-        fx = torch.fft.rfftfreq(width, device=gradient.device, dtype=gradient.dtype)[None, :]
-        scale = (fy.square() + fx.square()).sqrt().clamp_min(1 / max(height, width)).pow(-self.power)
+        scale = _frequency_scale(self.power, height, width, gradient.device, gradient.dtype)
         return torch.fft.irfft2(torch.fft.rfft2(gradient) * scale, s=(height, width))
+
+
+# Constants are made once: a copy from the host to a device in every step would make the loop wait for it.
+
+
+@lru_cache(maxsize=32)
+def _mixing(share: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(3, 3): (1 - share) I + share Sigma."""
+    sigma = torch.tensor(NATURAL_COLOURS, device=device, dtype=dtype)
+    return (1 - share) * torch.eye(3, device=device, dtype=dtype) + share * sigma
+
+
+@lru_cache(maxsize=32)
+def _frequency_scale(power: float, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(H, W // 2 + 1): f^-power, the constant colour like the lowest frequency."""
+    fy = torch.fft.fftfreq(height, device=device, dtype=dtype)[:, None]
+    fx = torch.fft.rfftfreq(width, device=device, dtype=dtype)[None, :]
+    return (fy.square() + fx.square()).sqrt().clamp_min(1 / max(height, width)).pow(-power)
 
 
 # -- operators: what happens to the pictures after a step -----------------------------------------------------------------
@@ -238,7 +253,18 @@ class Ascent:
     snapshots: list[tuple[int, Tensor]] = field(default_factory=list)  # (steps done, images)
 
 
-StepRule = Literal["normalised", "constant", "line_search"]
+def join(parts: Sequence[Ascent]) -> Ascent:
+    """Several batches' results as one."""
+    sizes = [len(part.images) for part in parts]
+    return Ascent(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.scores for part in parts], 1),
+        [i + sum(sizes[:n]) for n, part in enumerate(parts) for i in part.stopped],
+        [(shots[0][0], torch.cat([images for _, images in shots])) for shots in zip(*(part.snapshots for part in parts), strict=True)],
+    )
+
+
+StepRule = Literal["normalised", "constant", "scaled", "progress", "line_search"]
 
 
 def ascend(
@@ -250,6 +276,7 @@ def ascend(
     step_size: float,
     draws: Draws,
     rule: StepRule = "normalised",
+    gain: float = 2.0,
     transforms: Sequence[Transform] = (),
     conditioners: Sequence[Conditioner] = (),
     operators: Sequence[Operator] = (),
@@ -260,53 +287,68 @@ def ascend(
 
     rule 'normalised'  x += step_size * g / rms(g), rms over the picture: step_size is the RMS change of a pixel
          'constant'    x += step_size * g
+         'scaled'      as constant, the factor being gain / ||g||^2 at the first step: a rate that suits the model
+         'progress'    x += min(step_size, gain / ||g||^2) * g: to first order the score rises by `gain` a step
+                       (Yosinski et al. 2015)
          'line_search' as constant, but a step after which a picture scores less is taken back and its step size
                        halved (accepted ones grow it by a tenth), so that no score ever falls; not with random transforms
-    Cost: one forward and one backward pass a step. Pictures do not influence one another.
+    Cost: one forward and one backward pass a step, and one forward pass at the end. Pictures do not influence one another.
     """
     if rule == "line_search" and transforms:
         raise ValueError("line_search compares scores, which random transforms would blur")
     x = start.detach().clone()
+    good = x  # the last picture of each whose score was finite
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
     trace: list[Tensor] = []
     shots: list[tuple[int, Tensor]] = []
     wanted = {round(steps * (i + 1) / snapshots) for i in range(snapshots)} if snapshots else set()
     size = torch.full((len(x), 1, 1, 1), step_size, device=x.device, dtype=x.dtype)
     best: tuple[Tensor, Tensor, Tensor] | None = None  # line search: pictures, gradient, score accepted last
+    tiny = torch.finfo(x.dtype).tiny
 
     for step in range(steps):
         score, gradient = _score_and_gradient(model, objective, x, transforms, draws)
-        finite = torch.isfinite(score) & torch.isfinite(gradient.flatten(1)).all(1)
-        alive = alive & finite
-        if rule == "line_search":
-            if best is not None:
-                good = (score >= best[2]) & finite
-                alive = torch.ones_like(alive)  # a step into the void is taken back like any other bad one
-                mask = good.view(-1, 1, 1, 1)
-                x, gradient = torch.where(mask, x, best[0]), torch.where(mask, gradient, best[1])
-                score = torch.where(good, score, best[2])
-                size = torch.where(mask, size * 1.1, size * 0.5)
-            best = (x, gradient, score)
+        # torch.where and not an `if`: a device is not waited for in the middle of the loop.
+        if rule == "line_search" and best is not None:
+            # A step into the void is taken back like any other that does not rise.
+            rose = (score >= best[2]) & torch.isfinite(gradient.flatten(1)).all(1)
+            mask = rose.view(-1, 1, 1, 1)
+            x, gradient, score = torch.where(mask, x, best[0]), torch.where(mask, gradient, best[1]), torch.where(rose, score, best[2])
+            size = torch.where(mask, size * 1.1, size * 0.5)
+        known = torch.isfinite(score)
+        x = torch.where(known.view(-1, 1, 1, 1), x, good)
+        if trace:
+            score = torch.where(known, score, trace[-1])
+        alive = alive & known & torch.isfinite(gradient.flatten(1)).all(1)
+        good, best = x, (x, gradient, score)
         trace.append(score)
         move = gradient
         for conditioner in conditioners:
             move = conditioner(move)
         if rule == "normalised":
-            rms = move.square().mean((1, 2, 3), keepdim=True).sqrt()
-            move = move / rms.clamp_min(torch.finfo(x.dtype).tiny)
+            move = move / move.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(tiny)
+        elif rule == "scaled" and step == 0:
+            size = gain / (gradient * move).sum((1, 2, 3), keepdim=True).clamp_min(tiny)
+        elif rule == "progress":
+            move = move * (gain / (gradient * move).sum((1, 2, 3), keepdim=True).clamp_min(tiny) / step_size).clamp_max(1)
         new = x + size * move
         for operator in operators:
             new = operator(new, gradient, step)
-        # torch.where and not an `if`: a device is not waited for in the middle of the loop.
         x = torch.where(alive.view(-1, 1, 1, 1), new, x)
         if step + 1 in wanted:
             shots.append((step + 1, x.clone()))
         if progress is not None:
             progress("steps", step + 1, steps)
-    if rule == "line_search" and best is not None:
+    if best is not None:
+        # The last step has not been looked at yet.
         with torch.no_grad():
             final = evaluate(model, objective, x, x)
-        x = torch.where((final >= best[2]).view(-1, 1, 1, 1), x, best[0])
+        kept = final >= best[2] if rule == "line_search" else torch.isfinite(final)
+        x = torch.where(kept.view(-1, 1, 1, 1), x, good)
+        if rule != "line_search":  # which takes back what does not rise
+            alive = alive & kept
+        if steps in wanted:
+            shots[-1] = (steps, x.clone())
     scores = torch.stack(trace) if trace else x.new_zeros((0, len(x)))
     stopped = torch.nonzero(~alive).flatten().tolist()
     return Ascent(x, scores, stopped, shots)

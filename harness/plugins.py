@@ -143,7 +143,7 @@ def discover(entries: list[tuple[Origin, Callable[[], Any]]]) -> Plugins:
             module = load()
             manager.register(module, name)
             _check_spelling(manager, module, known_hooks)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a module that exits must not end the harness
             plugins.failures.append(_failure(origin, error))
             if module is not None and manager.has_plugin(name):
                 manager.unregister(name=name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ class ArtifactFile(_Part):
     kind: str
     file: str
     sha256: str
+    summary: dict[str, list[float]] = {}  # {array: [mean, root mean square, largest magnitude]}, to compare across machines
 
 
 class MetricValue(_Part):
@@ -93,6 +96,7 @@ class Record(_Part):
     status: Status
     experiment: str = ""  # the name it was first made under
     spec: dict[str, Any]  # the RunSpec
+    registries: list[str] = []  # the user's own registry files, as given
     technique: TechniqueFacts
     params: dict[str, Any]
     model: ModelFacts
@@ -132,6 +136,14 @@ class StoredRun:
                 return artifacts.load(path)
         raise HarnessError(f"run {self.record.key[:12]} has no artifact {name!r}")
 
+    def damage(self) -> str:
+        """What is missing or altered among the files, in words; empty when all is well."""
+        for file in self.record.artifacts:
+            path = inside(self.folder, file.file)
+            if not path.is_file() or sha256_file(path) != file.sha256:
+                return f"{path}: missing or altered since the run wrote it; run again with --no-cache"
+        return ""
+
     def all_artifacts(self) -> dict[str, artifacts.Artifact]:
         return {file.name: self.artifact(file.name) for file in self.record.artifacts}
 
@@ -170,64 +182,159 @@ def read_record(folder: Path) -> StoredRun:
         raise StorageError(f"{path}: not a record this version can read ({error.error_count()} problems)") from None
 
 
+class Manifest(_Part):
+    """An experiment as a list of its runs."""
+
+    name: str
+    title: str
+    command: str = ""
+    digest: str = ""
+    run_ids: list[str] = []
+    failed: bool = False
+
+
+# Folders of the spool that belong to this process, with the open lock files that say so to others.
+_HELD: dict[Path, int] = {}
+
+
 class Spool:
-    """Finished runs that have not reached the tracking store yet: one folder a run, moved in when complete."""
+    """Finished runs that have not reached the tracking store yet: `spool/OWNER/RUN`, a run moved in when complete.
+
+    An owner is a process; while it lives it holds a lock, and nobody else touches its folder. What a dead process left
+    is taken over by the next one that looks.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root / "spool"
+        self.unreadable: list[str] = []
 
     def write(self, record: Record, found: Sequence[artifacts.Artifact]) -> StoredRun:
         """Write the whole run beside its place and move it there."""
+        owner: Path | None = None
         temporary: Path | None = None
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.root))
+            owner = self._own()
+            temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=owner))
             files = []
             for artifact in found:
                 file = f"{artifact.name}.npz"
                 artifact.save(temporary / file)
-                files.append(ArtifactFile(name=artifact.name, kind=artifact.kind, file=file, sha256=sha256_file(temporary / file)))
+                digest = sha256_file(temporary / file)
+                files.append(ArtifactFile(name=artifact.name, kind=artifact.kind, file=file, sha256=digest, summary=artifact.summary()))
             record = record.model_copy(update={"artifacts": files})
             write_json(temporary / RECORD, record.model_dump(mode="json"))
-            place = self.root / record.run_id
+            place = owner / record.run_id
             temporary.rename(place)
-        except OSError as error:
+        except BaseException as error:
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise StorageError(
-                f"{self.root}: the run's results cannot be written ({error.strerror or error}); "
-                "make room or set HARNESS_RUNS to another folder"
-            ) from error
+            if owner is not None:
+                self._tidy(owner)
+            if isinstance(error, OSError):
+                raise StorageError(
+                    f"{self.root}: the run's results cannot be written ({error.strerror or error}); "
+                    "make room or set HARNESS_RUNS to another folder"
+                ) from error
+            raise
         return StoredRun(record, place)
 
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Keep an experiment's list of runs until the store can be told."""
+        try:
+            write_json(self._own() / f"{manifest.digest}.json", manifest.model_dump(mode="json"))
+        except OSError as error:
+            raise StorageError(f"{self.root}: the experiment's list of runs cannot be written ({error.strerror})") from error
+
+    def manifests(self) -> list[tuple[Path, Manifest]]:
+        found = []
+        for owner in self._folders():
+            for path in sorted(owner.glob("*.json")):
+                try:
+                    found.append((path, Manifest.model_validate_json(path.read_bytes())))
+                except (OSError, ValidationError):
+                    self._skip(f"{path}: not a list of runs this version can read")
+        return found
+
     def __iter__(self) -> Iterator[StoredRun]:
-        if self.root.is_dir():
-            for folder in sorted(self.root.iterdir()):
+        for owner in self._folders():
+            for folder in sorted(owner.iterdir()):
                 if not folder.name.startswith(".") and (folder / RECORD).is_file():
-                    yield read_record(folder)
+                    try:
+                        run = read_record(folder)
+                    except StorageError as error:
+                        self._skip(str(error))
+                        continue
+                    yield run
+
+    def waiting(self) -> bool:
+        """Whether there is anything to send."""
+        return bool(self.manifests()) or next(iter(self), None) is not None
+
+    def _skip(self, problem: str) -> None:
+        if problem not in self.unreadable:
+            self.unreadable.append(problem)
 
     def find(self, key: str) -> StoredRun | None:
         return next((r for r in self if r.record.key == key and r.record.status == "finished"), None)
 
     def remove(self, run: StoredRun) -> None:
         shutil.rmtree(run.folder, ignore_errors=True)
+        self._tidy(run.folder.parent)
 
-    def sweep(self) -> None:
-        """Remove what processes that were killed left half-written."""
-        if self.root.is_dir():
-            for folder in self.root.glob(".writing-*"):
-                if not _fresh(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
+    def remove_manifest(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._tidy(path.parent)
+
+    # -- whose is what ----------------------------------------------------------------------------------------------
+
+    def _own(self) -> Path:
+        """A folder of this process."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for folder in _HELD:
+            if folder.parent == self.root and folder.is_dir():
+                return folder
+        folder = self.root / uuid.uuid4().hex
+        if not _lock(folder):  # before the folder is there, so that nobody finds it without an owner
+            raise OSError(f"{folder} cannot be locked")
+        folder.mkdir()
+        return folder
+
+    def _folders(self) -> list[Path]:
+        """The folders of this process and of those that are gone, now ours; half-written runs of the dead are removed."""
+        if not self.root.is_dir():
+            return []
+        mine = []
+        for folder in sorted(p for p in self.root.iterdir() if p.is_dir()):
+            if folder not in _HELD:
+                if not _lock(folder):
+                    continue
+                for half in folder.glob(".writing-*"):
+                    shutil.rmtree(half, ignore_errors=True)
+            mine.append(folder)
+        return mine
+
+    def _tidy(self, owner: Path) -> None:
+        """Remove an owner's folder and lock once they are empty."""
+        try:
+            owner.rmdir()
+        except OSError:
+            return  # not empty
+        handle = _HELD.pop(owner, None)
+        owner.with_suffix(".lock").unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
 
 
-def _fresh(folder: Path) -> bool:
-    """Whether another process may still be writing there: touched within the last ten minutes."""
-    import time
-
+def _lock(folder: Path) -> bool:
+    """Take a folder of the spool for this process, unless another one that lives has it."""
+    handle = os.open(folder.with_suffix(".lock"), os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        return time.time() - os.stat(folder).st_mtime < 600
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return True
+        os.close(handle)
+        return False
+    _HELD[folder] = handle
+    return True
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, str]:

@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import __version__
-from .artifacts import Images
+from .artifacts import Heatmaps, Images
 from .datasets import Dataset, load_dataset
 from .device import device_kind, device_settings, peak_memory
-from .errors import ConfigError, HarnessError, NotApplicable, TrackingError
+from .errors import ConfigError, HarnessError, NotApplicable, StorageError, TrackingError, WeightsError
 from .experiment import PICTURES, Experiment, RunSpec
+from .paths import sha256_file
 from .plugins import Plugins
 from .record import DatasetFacts, ErrorFacts, MetricValue, ModelFacts, Record, Spool, Status, StoredRun, TechniqueFacts
 from .registry import Registry
@@ -53,8 +55,9 @@ class Session:
     warn: Callable[[str], None] = lambda text: None
     done: dict[str, StoredRun] = field(default_factory=dict)  # by key; a tracker that moves a run puts its new place here
     offline: bool = False  # the tracking store cannot be reached; results stay in the spool
+    registries: tuple[str, ...] = ()  # the user's own registry files, as given
 
-    @property
+    @cached_property
     def spool(self) -> Spool:
         return Spool(self.root)
 
@@ -73,7 +76,7 @@ class Planned:
     technique: Technique
     key: str
     dataset: Dataset | None
-    uses: tuple[Planned, ...] = ()
+    uses: tuple[tuple[str, Planned], ...] = ()  # (name of the use, run)
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,15 @@ class Runner:
         technique = cls.build(spec.params)
         entry = self.registry.model(spec.model)
         dataset = self._select(spec, cls) if spec.dataset else None
+        wanted = technique.uses()
+        labels = [use.label for use in wanted]
+        if len(set(labels)) < len(labels):
+            raise HarnessError(f"technique {spec.technique!r} uses two results under one name; give each Use a `name`")
+        # What is built on looks at the same pictures, whatever its own default would be.
+        same = {"limit": spec.limit if spec.select else len(dataset)} if dataset is not None else {}
         uses = tuple(
-            self.plan(spec.model_copy(update={"technique": use.technique, "params": dict(use.params)})) for use in technique.uses()
+            (use.label, self.plan(spec.model_copy(update={"technique": use.technique, "params": dict(use.params), **same})))
+            for use in wanted
         )
         if spec.model not in self._hashes:
             self._hashes[spec.model] = weights_hash(spec.model, entry)
@@ -134,12 +144,15 @@ class Runner:
             "technique": [technique.name, technique.version],
             "params": technique.key_params(),
             "model": [entry.builder, entry.args, self._hashes[spec.model], entry.input.model_dump(mode="json"), entry.classes],
+            "convert": entry.convert,
+            # A user's own code may change without its name changing.
+            "code": [code_hash(reference, entry.folder) for reference in (entry.builder, entry.convert, getattr(technique, "target", ""))],
             "dataset": dataset.fingerprint if dataset else None,
             "seed": spec.seed,
             "device": device_kind(spec.device).partition(":")[0],
             "precision": spec.precision,
             "harness": MINOR,
-            "uses": [u.key for u in uses],
+            "uses": [[label, u.key] for label, u in uses],
         }
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return Planned(spec, technique, key, dataset, uses)
@@ -160,13 +173,62 @@ class Runner:
 
     def run(self, experiment: Experiment) -> list[Outcome]:
         """All runs, in order; what is finished already is reused, and a failure stops nothing else."""
-        self.session.spool.sweep()
-        planned = [self.plan(spec) for spec in experiment.runs]
-        outcomes = []
-        for number, plan in enumerate(planned, 1):
-            outcomes.append(self._one(plan, number, len(planned)))
-        self._tell("harness_experiment_finished", runs=[o.run for o in outcomes])
-        return outcomes
+        self._tell("harness_experiment_started")
+        planned = self._plans(experiment)
+        # Model by model, so that each is loaded once; answers stand in the order asked for.
+        first = {name: i for i, name in reversed(list(enumerate(spec.model for spec in experiment.runs)))}
+        order = sorted(range(len(planned)), key=lambda i: (first[experiment.runs[i].model], i))
+        outcomes: dict[int, Outcome] = {}
+        for number, i in enumerate(order, 1):
+            plan = planned[i]
+            outcomes[i] = self._one(plan, number, len(planned)) if isinstance(plan, Planned) else self._lost(experiment.runs[i], plan)
+        runs = [outcomes[i].run for i in range(len(planned))]
+        self._tell("harness_experiment_finished", runs=runs)
+        for problem in self.session.spool.unreadable:
+            self.session.warning(f"left out: {problem}")
+        # What was in the spool may have moved to the store meanwhile.
+        return [replace(outcomes[i], run=self.session.done.get(runs[i].record.key, runs[i])) for i in range(len(planned))]
+
+    def _plans(self, experiment: Experiment) -> list[Planned | WeightsError]:
+        """A plan for each run; one model's missing weights are its own trouble, unless there is no other model."""
+        planned: list[Planned | WeightsError] = []
+        lost: dict[str, WeightsError] = {}
+        for spec in experiment.runs:
+            try:
+                planned.append(lost[spec.model] if spec.model in lost else self.plan(spec))
+            except WeightsError as error:
+                lost[spec.model] = error
+                planned.append(error)
+        if lost and all(isinstance(plan, WeightsError) for plan in planned):
+            raise next(iter(lost.values()))
+        return planned
+
+    def _lost(self, spec: RunSpec, error: WeightsError) -> Outcome:
+        """A run whose model has no weights here, recorded as failed."""
+        key = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+        technique = self.plugins.technique(spec.technique).build(spec.params)
+        entry = self.registry.model(spec.model)
+        record = Record(
+            run_id=uuid.uuid4().hex,
+            key=key,
+            status="failed",
+            experiment=self.session.experiment.name,
+            spec=spec.model_dump(mode="json"),
+            registries=list(self.session.registries),
+            technique=self._technique_facts(technique),
+            params=technique.key_params(),
+            model=ModelFacts(name=spec.model, builder=entry.builder, weights="absent", source=entry.weights, license=entry.license),
+            seed=spec.seed,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            git=git_state(),
+            error=ErrorFacts(type=type(error).__name__, message=str(error), bad_input=True),
+        )
+        run = self.session.spool.write(record, ())
+        self.session.done[key] = run
+        self._tell("harness_run_started", spec=spec, key=key)
+        self._tell("harness_run_finished", spec=spec, run=run)
+        return Outcome(spec, self.session.done[key], "computed")
 
     def find(self, key: str) -> StoredRun | None:
         """A run of that key from this session, the spool or the store."""
@@ -176,8 +238,11 @@ class Runner:
         if found is None and not self.session.offline:
             for impl in reversed(self.plugins.manager.hook.harness_find_run.get_hookimpls()):
                 try:
-                    answer: Any = impl.function(session=self.session, key=key)
+                    given = {"session": self.session, "key": key}
+                    answer: Any = impl.function(*(given[name] for name in impl.argnames))
                     found = answer
+                except StorageError as error:  # a record that cannot be read is as good as none
+                    self.session.warning(f"{error}; it is computed again")
                 except ConfigError:
                     raise  # a wrong address is the user's to mend, before work begins
                 except TrackingError as error:
@@ -201,14 +266,24 @@ class Runner:
             if found is not None:
                 self.session.done[plan.key] = found
                 return Outcome(plan.spec, found, "reused")
-        used = [self._obtain(use, number, total) for use in plan.uses]
+        used = {label: self._obtain(use, number, total) for label, use in plan.uses}
         self._tell("harness_run_started", spec=plan.spec, key=plan.key)
 
         def progress(what: str, done: int, of: int) -> None:
             self.watch(Event("step", plan.spec, number, total, what, done, of))
 
         record, result = self._compute(plan, used, progress)
-        run = self.session.spool.write(record, result.artifacts)
+        try:
+            run = self.session.spool.write(record, result.artifacts)
+        except StorageError:
+            raise
+        except Exception as problem:  # an artifact that cannot be stored is the technique's fault, and its own
+            fault = ErrorFacts(
+                type=type(problem).__name__,
+                message=f"its result cannot be stored: {type(problem).__name__}: {problem}",
+                traceback=traceback.format_exc(),
+            )
+            run = self.session.spool.write(record.model_copy(update={"status": "failed", "metrics": [], "notes": [], "error": fault}), ())
         self.session.done[plan.key] = run
         self._tell("harness_run_finished", spec=plan.spec, run=run)
         return Outcome(plan.spec, self.session.done[plan.key], "computed")
@@ -232,7 +307,7 @@ class Runner:
             self._model = ((spec.model, device), load_model(spec.model, self.registry, device))
         return self._model[1]
 
-    def _compute(self, plan: Planned, used: Sequence[Outcome], progress: Callable[[str, int, int], None]) -> tuple[Record, Result]:
+    def _compute(self, plan: Planned, used: Mapping[str, Outcome], progress: Callable[[str, int, int], None]) -> tuple[Record, Result]:
         spec, technique = plan.spec, plan.technique
         started, clock = datetime.now(UTC), time.perf_counter()
         result, error, batch = Result(), None, spec.max_batch
@@ -241,7 +316,7 @@ class Runner:
         class_count = 0
         with device_settings(spec.device, spec.precision) as facts:
             try:
-                broken = next((u for u in used if u.run.record.status != "finished"), None)
+                broken = next((u for u in used.values() if u.run.record.status != "finished"), None)
                 if broken is not None:
                     problem = broken.run.record.error.message if broken.run.record.error else broken.run.record.status
                     kind = NotApplicable if broken.run.record.status == "not_applicable" else HarnessError
@@ -279,6 +354,7 @@ class Runner:
             status=status,
             experiment=self.session.experiment.name,
             spec=spec.model_dump(mode="json"),
+            registries=list(self.session.registries),
             technique=self._technique_facts(technique),
             params=technique.key_params(),
             model=self._model_facts(spec.model, class_count),
@@ -291,7 +367,7 @@ class Runner:
             peak_memory_bytes=memory,
             versions=versions(),
             git=git_state(),
-            uses=[u.run.record.key for u in used],
+            uses=[u.run.record.key for u in used.values()],
             metrics=[
                 MetricValue(
                     name=m.name, value=_number(m.value), unit=m.unit, better=m.better, about=m.about, detail=m.detail,
@@ -304,18 +380,14 @@ class Runner:
         )  # fmt: skip
         return record, result
 
-    def _context(self, plan: Planned, model: LoadedModel, used: Sequence[Outcome], progress: Callable[[str, int, int], None]) -> Any:
-        import torch
-
-        from .context import Context, to_images
+    def _context(self, plan: Planned, model: LoadedModel, used: Mapping[str, Outcome], progress: Callable[[str, int, int], None]) -> Any:
+        from .context import Context, labels_of, to_images
 
         needs, dataset = plan.technique.needs, plan.dataset
         images = labels = None
         ids: list[str] = []
         if dataset is not None:
-            found = dataset.labels_for(model.classes)
-            if found is not None:
-                labels = torch.from_numpy(found).to(model.device)
+            labels = labels_of(dataset, model)
             ids = list(dataset.ids)
             if "images" in needs:
                 images = to_images(dataset.pictures(model.input), model.device, model.dtype)
@@ -329,7 +401,7 @@ class Runner:
             target=getattr(plan.technique, "target", "predicted"),
             seed=plan.spec.seed,
             max_batch=plan.spec.max_batch,
-            results={u.spec.technique: u.run.all_artifacts() for u in used},
+            results={label: u.run.all_artifacts() for label, u in used.items()},
             progress=progress,
         )
 
@@ -413,6 +485,9 @@ def _with_inputs(result: Result, ctx: Any, wanted: bool) -> Result:
         if ctx.labels is not None
         else ctx.ids
     )
+    for artifact in result.artifacts:
+        if isinstance(artifact, Heatmaps) and any(not 0 <= i < len(ctx.ids) for i in artifact.over or ()):
+            raise ValueError(f"Heatmaps {artifact.name!r} lie over picture {max(artifact.over or ())} of {len(ctx.ids)}; give `over`")
     inputs = Images(INPUTS, ctx.images, captions=names, caption="The pictures as the model takes them.")
     return replace(result, artifacts=[*result.artifacts, inputs])
 
@@ -430,6 +505,27 @@ def check_needs(technique: Technique, ctx: Any) -> None:
     for need, kind in kinds.items():
         if need in needs and not any(isinstance(m, kind) for m in model.modules.values()):
             raise NotApplicable(f"needs a model with {'convolutions' if need == 'conv' else 'a linear layer'}")
+
+
+def code_hash(reference: Any, folder: Path) -> str:
+    """sha256 of the source file behind 'file.py:Name' or 'package.module:name'; empty where there is none.
+
+    What comes with torchvision is told by its version in the record, and a plugin's code by its technique's version.
+    """
+    if not isinstance(reference, str) or reference.startswith(("torchvision:", "layer:", "channel:", "neuron:")):
+        return ""
+    where, mark, _ = reference.rpartition(":")
+    if not mark or not where:
+        return ""
+    if where.endswith(".py"):
+        path: Path | None = folder / Path(where).expanduser()
+    else:
+        try:
+            spec = find_spec(where)
+        except (ImportError, ValueError, AttributeError):
+            return ""
+        path = Path(spec.origin) if spec and spec.origin else None
+    return sha256_file(path) if path is not None and path.is_file() else ""
 
 
 @cache

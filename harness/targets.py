@@ -116,6 +116,8 @@ def _inner(kind: str, rest: str, model: LoadedModel, count: int) -> Target:
     except ValueError:
         raise ConfigError(f"target '{kind}:{rest}': {place!r} is not made of whole numbers") from None
     wanted = {"layer": 0, "channel": 1, "neuron": len(shape)}[kind]
+    if kind == "channel" and len(shape) < 2:
+        raise ConfigError(f"target 'channel:{rest}': layer {layer!r} is a vector; write neuron:{layer}:C")
     if len(unit) != wanted or any(not 0 <= u < n for u, n in zip(unit, shape, strict=False)):
         raise ConfigError(f"target '{kind}:{rest}': layer {layer!r} has shape {' x '.join(map(str, shape))}, counted from 0")
     return Target((f"{kind} {rest}",) * count, layer=layer, unit=unit, single=kind == "neuron")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Param = Field
 SLUG = re.compile(r"[a-z][a-z0-9_]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of artifacts: also the names of their files
 
 # What a technique may ask of the model and the data. The runner answers "not applicable" where it is missing.
 Need = Literal["images", "dataset", "labels", "classifier", "conv", "linear", "style_images"]
@@ -78,17 +79,30 @@ class Result:
     def __post_init__(self) -> None:
         for kind, items in (("artifact", self.artifacts), ("metric", self.metrics)):
             names = [item.name for item in items]
+            odd = [n for n in names if not NAME.fullmatch(n)]
+            if odd:
+                raise ValueError(f"{kind} name {odd[0]!r} is not letters, digits, '_', '-' and '.'")
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"two {kind}s are named {', '.join(twice)}")
+        if not all(isinstance(note, str) for note in self.notes):
+            raise ValueError("notes are sentences (str)")
 
 
 @dataclass(frozen=True)
 class Use:
-    """Another technique's result to build on: the runner computes it first, or takes it from the store."""
+    """Another technique's result to build on: the runner computes it first, or takes it from the store.
+
+    It is found under `ctx.results[name]`; `name` is the technique's unless one is given, as two uses of one technique need.
+    """
 
     technique: str
     params: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.technique
 
 
 class Technique(BaseModel):
@@ -125,7 +139,7 @@ class Technique(BaseModel):
         raise NotImplementedError  # a class without its own is refused when it is defined
 
     def uses(self) -> Sequence[Use]:
-        """Results of other techniques, found under `ctx.results[technique name]`."""
+        """Results of other techniques, found under `ctx.results[name of the use]`; each looks at the same pictures."""
         return ()
 
     def key_params(self) -> dict[str, Any]:

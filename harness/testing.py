@@ -18,7 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .artifacts import Artifact
-from .context import Context, to_images
+from .context import Context, labels_of, to_images
 from .datasets import Dataset, load_dataset
 from .errors import ConfigError, HarnessError, NotApplicable
 from .models import LoadedModel, load_model
@@ -29,7 +29,7 @@ from .technique import Result, Technique
 
 FACTORIES = (
     "arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
-    "as_tensor", "from_numpy",
+    "as_tensor", "from_numpy", "fftfreq", "rfftfreq", "hann_window", "hamming_window", "tril_indices", "triu_indices",
 )  # fmt: skip
 DRAWS = ("rand", "randint", "randn", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "multinomial")
 
@@ -45,10 +45,11 @@ class DeviceGuard(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         ours = self._caller()
-        if ours and name in FACTORIES and name not in ("as_tensor", "from_numpy") and kwargs.get("device") is None:
+        if ours and name in FACTORIES and name != "from_numpy" and kwargs.get("device") is None:
             self.problems.append(f"torch.{name} without device= at {ours}")
-        if ours and name in FACTORIES and isinstance(kwargs.get("device"), str) and not ours.startswith("context.py:"):
-            self.problems.append(f"torch.{name} with device={kwargs['device']!r} at {ours}; use ctx.device")
+        fixed = kwargs.get("device")
+        if ours and name in FACTORIES and isinstance(fixed, str) and not ours.startswith("context.py:"):
+            self.problems.append(f"torch.{name} with device={fixed!r} at {ours}; use ctx.device")
         if ours and name in DRAWS and kwargs.get("generator") is None:
             self.problems.append(f"torch.{name} without generator= at {ours}; use ctx.draws() or ctx.randn_like()")
         return func(*args, **kwargs)
@@ -102,12 +103,11 @@ def run_once(
     for use in technique.uses():
         other = load_plugins().technique(use.technique).build(use.params)
         found = run_once(other, model, dataset, seed, max_batch)
-        results[use.technique] = {a.name: a for a in found.artifacts}
-    labels = dataset.labels_for(model.classes)
+        results[use.label] = {a.name: a for a in found.artifacts}
     ctx = Context(
         model,
         images=to_images(dataset.pictures(model.input), model.device, model.dtype) if "images" in technique.needs else None,
-        labels=None if labels is None else torch.from_numpy(labels).to(model.device),
+        labels=labels_of(dataset, model),
         ids=dataset.ids,
         dataset=dataset,
         technique=technique.name,
@@ -205,7 +205,7 @@ def _survives(found: Sequence[Artifact]) -> list[str]:
             try:
                 artifact.save(path)
                 back = load(path)
-            except (TypeError, ValueError, KeyError) as error:
+            except (OSError, TypeError, ValueError, KeyError) as error:
                 problems.append(f"artifact {artifact.name!r} cannot be stored: {error}")
                 continue
             if not same(Result([artifact]), Result([back])):

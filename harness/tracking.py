@@ -14,7 +14,7 @@ import shutil
 import socket
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 from .errors import ConfigError, TrackingError
 from .hookspecs import hookimpl
 from .paths import inside
-from .record import RECORD, Record, StoredRun, flat, read_record, write_json
+from .record import RECORD, Manifest, Record, StoredRun, flat, read_record, write_json
 
 if TYPE_CHECKING:
     from .experiment import RunSpec
@@ -185,14 +185,20 @@ class Tracker:
         else:
             self.client.log_artifacts(run_id, str(folder))
 
-    def finish(self, experiment: str, digest: str, manifest: Mapping[str, Any], failed: bool) -> None:
+    def enter(self, manifest: Manifest) -> None:
         """Close an experiment's MLflow run with the list of its runs."""
         with self._errors(), tempfile.TemporaryDirectory() as folder:
-            parent = self._parents[digest]
+            parent = self.parent(manifest.name, manifest.digest, manifest.command)
+            listed = []
+            for run_id in manifest.run_ids:
+                if run_id not in self._ids:
+                    self._find(f"tags.`harness.run_id` = '{run_id}' and attributes.status != 'RUNNING'")
+                listed.append({"run_id": run_id, "mlflow_run": self._ids.get(run_id, "")})
             path = Path(folder) / MANIFEST
-            write_json(path, manifest)
+            write_json(path, {"name": manifest.name, "title": manifest.title, "command": manifest.command, "runs": listed})
             self.client.log_artifact(parent, str(path))
-            self.client.set_terminated(parent, "FAILED" if failed else "FINISHED")
+            self.client.set_terminated(parent, "FAILED" if manifest.failed else "FINISHED")
+            del self._parents[manifest.digest]  # the same plan run again is a new one
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -244,13 +250,13 @@ class Tracker:
             if experiment is None:
                 from .errors import unknown
 
-                raise unknown("experiment", name, self.experiments(), f"in {self.uri};")
+                raise unknown("experiment", name, self.experiments(), f"the MLflow store {self.uri}")
             ids = [experiment.experiment_id]
             parents = self.client.search_runs(
                 ids, "tags.`harness.kind` = 'experiment'", max_results=1, order_by=["attributes.start_time DESC"]
             )
             if not parents:
-                raise ConfigError(f"experiment {name!r} in {self.uri} holds no runs of harness")
+                return self._loose(name, ids)
             parent = parents[0]
             if any(item.path == MANIFEST for item in self.client.list_artifacts(parent.info.run_id)):
                 with tempfile.TemporaryDirectory() as folder:
@@ -262,7 +268,7 @@ class Tracker:
                     run = self._stored(found) if found else None
                     if run is None:
                         raise ConfigError(
-                            f"experiment {name!r}: the files of run {item['key'][:12]} are gone from {self.uri}; run it again"
+                            f"experiment {name!r}: the files of run {item['run_id'][:12]} are gone from {self.uri}; run it again"
                         )
                     runs.append(run)
                 return manifest, runs
@@ -272,6 +278,19 @@ class Tracker:
             found_runs = [self._stored(child) for child in children if child.info.status != "RUNNING"]
             command = parent.data.tags.get("harness.command", "")
             return {"name": name, "title": name, "command": command, "interrupted": True}, [r for r in found_runs if r is not None]
+
+    def _loose(self, name: str, ids: list[str]) -> tuple[dict[str, Any], list[StoredRun]]:
+        """Runs whose experiment was killed before it could be entered: the newest of every key."""
+        newest: dict[str, StoredRun] = {}
+        for found in self.client.search_runs(
+            ids, "tags.`harness.kind` = 'run' and attributes.status != 'RUNNING'", order_by=["attributes.start_time ASC"], max_results=1000
+        ):
+            run = self._stored(found)
+            if run is not None:
+                newest[run.record.key] = run
+        if not newest:
+            raise ConfigError(f"experiment {name!r} in {self.uri} holds no runs of harness")
+        return {"name": name, "title": name, "command": "", "interrupted": True}, list(newest.values())
 
 
 def _tags(record: Record) -> dict[str, str]:
@@ -356,25 +375,46 @@ def harness_run_finished(session: Session, run: StoredRun) -> None:
 
 
 @hookimpl
-def harness_experiment_finished(session: Session, runs: Sequence[StoredRun]) -> None:
-    if session.offline:
+def harness_experiment_started(session: Session) -> None:
+    """What earlier processes could not send goes first, so that it is found where everything else is."""
+    if session.offline or not session.spool.waiting():
         return
-    tracker, experiment = _of(session), session.experiment
-    # What an earlier session left behind goes first, so that the list below can name every run.
-    sync(tracker, session)
-    with tracker._errors():
-        tracker.parent(experiment.name, experiment.digest(), experiment.command)
-    listed = [{"key": r.record.key, "run_id": r.record.run_id, "mlflow_run": tracker._ids.get(r.record.run_id, "")} for r in runs]
-    manifest = {"name": experiment.name, "title": experiment.title, "command": experiment.command, "runs": listed}
-    tracker.finish(experiment.name, experiment.digest(), manifest, any(r.record.status == "failed" for r in runs))
+    sync(_of(session), session)
+
+
+@hookimpl
+def harness_experiment_finished(session: Session, runs: Sequence[StoredRun]) -> None:
+    experiment = session.experiment
+    manifest = Manifest(
+        name=experiment.name, title=experiment.title, command=experiment.command, digest=experiment.digest(),
+        run_ids=[r.record.run_id for r in runs], failed=any(r.record.status == "failed" for r in runs),
+    )  # fmt: skip
+    if session.offline:
+        session.spool.write_manifest(manifest)
+        return
+    tracker = _of(session)
+    try:
+        sync(tracker, session)
+        tracker.enter(manifest)
+    except TrackingError:
+        session.spool.write_manifest(manifest)
+        raise
 
 
 def sync(tracker: Tracker, session: Session) -> int:
-    """Send what is in the spool; the number of runs sent."""
+    """Send what is in the spool, runs first, then the experiments they belong to; the number of runs sent."""
     sent = 0
+    manifests = session.spool.manifests()
+    parents = {run_id: m for _, m in manifests for run_id in m.run_ids}
     for run in list(session.spool):
-        stored = tracker.log(run, run.record.experiment or session.experiment.name, None)
+        manifest = parents.get(run.record.run_id)
+        with tracker._errors():
+            parent = tracker.parent(manifest.name, manifest.digest, manifest.command) if manifest else None
+        stored = tracker.log(run, run.record.experiment or session.experiment.name, parent)
         session.done[run.record.key] = stored
         session.spool.remove(run)
         sent += 1
+    for path, manifest in manifests:
+        tracker.enter(manifest)
+        session.spool.remove_manifest(path)
     return sent

@@ -120,7 +120,7 @@ class RandomWeights:
 
 
 class TrainedWeights:
-    """`recipe:NAME`, trained on first use and kept in the user's cache with its card."""
+    """`recipe:NAME`, trained by `harness train NAME` and kept in the user's cache with its card."""
 
     def path(self, rest: str, entry: ModelEntry) -> Path | None:
         return cache_folder("weights") / f"{rest}.safetensors"
@@ -225,12 +225,12 @@ def weight_source(entry: ModelEntry) -> tuple[WeightSource, str]:
     return load_plugins().get("weight_sources", scheme), rest
 
 
-def weights_present(name: str, entry: ModelEntry) -> tuple[bool, str]:
-    """(are they here, how to get them when not)."""
+def weights_present(name: str, entry: ModelEntry, hint: bool = True) -> tuple[bool, str]:
+    """(are they here, how to get them when not); without the hint torchvision need not be imported."""
     source, rest = weight_source(entry)
     path = source.path(rest, entry)
     present = path is None or path.is_file()
-    return present, "" if present else source.obtain(rest, entry)
+    return present, "" if present or not hint else source.obtain(rest, entry)
 
 
 def weights_hash(name: str, entry: ModelEntry, fetch: bool = True) -> str:

@@ -83,7 +83,7 @@ def audit(
     _, outcomes = execute(state, experiment, tracking_uri=tracking_uri, use_cache=not no_cache)
     for path in write_reports(state, [o.run for o in outcomes], title, name, experiment.command, formats or FORMATS, folder):
         click.echo(str(path))
-    return exit_code(outcomes)
+    return exit_code(outcomes) or int(any(o.run.damage() for o in outcomes))
 
 
 def profile_techniques(plugins: Any, profile: str) -> dict[str, dict[str, Any]]:

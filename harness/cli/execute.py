@@ -83,7 +83,13 @@ def execute(
     from ..paths import runs_folder
     from ..runner import Runner, Session
 
-    session = Session(experiment, root or runs_folder(), tracking_uri, warn=lambda text: click.echo(f"warning: {text}", err=True))
+    session = Session(
+        experiment,
+        root or runs_folder(),
+        tracking_uri,
+        warn=lambda text: click.echo(f"warning: {text}", err=True),
+        registries=tuple(str(path) for path in state.registries),
+    )
     with progress() as watch:
         outcomes = Runner(state.registry(), state.plugins(), session, use_cache, watch).run(experiment)
     return session, outcomes

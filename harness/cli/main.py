@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -44,8 +45,12 @@ class _Commands(click.Group):
 class State:
     """What the global options say; shared by all commands."""
 
-    def __init__(self, registries: Sequence[Path], debug: bool) -> None:
-        self.registries, self.debug = registries, debug
+    def __init__(self, registries: Sequence[Path], debug: bool, words: Sequence[str] = ()) -> None:
+        self.registries, self.debug, self.words = list(registries), debug, words
+
+    def command(self) -> str:
+        """The command line as it was given, less what does not bear on the results."""
+        return shlex.join(["harness", *(w for w in self.words if w not in ("--debug", "--no-cache"))])
 
     def registry(self) -> Any:
         from ..registry import load_registry
@@ -76,7 +81,7 @@ class State:
 @click.pass_context
 def cli(ctx: click.Context, registries: tuple[Path, ...], debug: bool) -> None:
     """Understand, compare and audit image models."""
-    ctx.obj = State(registries, debug)
+    ctx.obj = State(registries, debug, ctx.obj or ())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,7 +93,7 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 fine, 1 a run failed, 2 usage, configuration or input, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = cli.main(args=words, prog_name="harness", standalone_mode=False)
+        result = cli.main(args=list(words), prog_name="harness", standalone_mode=False, obj=words)
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         click.echo("interrupted; finished runs are kept, the same command goes on from there", err=True)

@@ -18,7 +18,7 @@ def command(state: State, as_json: bool) -> None:
     rows = []
     for name, entry in sorted(state.registry().models.items()):
         try:
-            present, hint = weights_present(name, entry) if entry.file or not entry.weights.startswith("torchvision:") else (False, "")
+            present, hint = weights_present(name, entry, hint=as_json)
         except HarnessError as error:
             present, hint = False, str(error)
         rows.append(

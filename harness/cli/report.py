@@ -31,4 +31,7 @@ def command(state: State, experiment: str, formats: tuple[str, ...], output: Pat
     folder = output or Path("out") / slug(experiment)
     for path in write_reports(state, runs, manifest["title"], experiment, manifest["command"], formats or FORMATS, folder):
         click.echo(str(path))
-    return 1 if any(r.record.status == "failed" for r in runs) else 0
+    damaged = [problem for problem in (r.damage() for r in runs) if problem]
+    for problem in damaged:
+        click.echo(f"warning: {problem}", err=True)
+    return 1 if damaged or any(r.record.status == "failed" for r in runs) else 0

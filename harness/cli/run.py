@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -49,7 +50,7 @@ def command(
             }.items()
             if (source := given(name)) is not None and source.name == "COMMANDLINE"
         }
-        plan = load_experiment(experiment, plugins, **override)
+        plan = replace(load_experiment(experiment, plugins, **override), command=state.command())
     else:
         if not models or not techniques:
             raise ConfigError("give an experiment file, or at least -m MODEL and -t TECHNIQUE")
@@ -58,7 +59,7 @@ def command(
             plugins, models, datasets, list(wanted.items()), [seed],
             limit=limit, select=parse_list(select), device=device, precision=precision, max_batch=max_batch,
         )  # fmt: skip
-        plan = Experiment("runs", runs, "Runs", runs[0].command([str(p) for p in state.registries]) if len(runs) == 1 else "")
+        plan = Experiment("runs", runs, "Runs", state.command())
     session, outcomes = execute(state, plan, tracking_uri=tracking_uri, use_cache=not no_cache)
     done = sum(o.run.record.status == "finished" for o in outcomes)
     click.echo(

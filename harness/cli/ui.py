@@ -23,6 +23,7 @@ def command(state: State, port: int) -> None:
     root = runs_folder()
     words = [
         sys.executable,
+        "-P",  # nothing is imported from the folder the user stands in
         "-m",
         "mlflow",
         "ui",

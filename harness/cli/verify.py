@@ -40,6 +40,8 @@ def command(state: State, folder: Path, tolerance: float, device: str | None) ->
         raise ConfigError(f"{path}: {error.strerror}; name the folder of a report that has report.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a report of this harness ({type(error).__name__})") from None
+    if not state.registries:
+        state.registries = [Path(name) for name in dict.fromkeys(n for claim in claims for n in claim.get("registries", ()))]
     if device:
         specs = [spec.model_copy(update={"device": device}) for spec in specs]
     different = 0
@@ -61,18 +63,33 @@ def differences(claim: dict[str, Any], record: dict[str, Any], tolerance: float)
         return [f"differs: was {claim['status']}, is {record['status']}"]
     found = []
     if claim["key"] != record["key"]:
-        found.append("other inputs (data, weights, parameters, device or harness version) than the report's")
+        found.append("other inputs (parameters, code, device or harness version) than the report's")
+        facts = (("weights", "model", "weights"), ("data", "dataset", "fingerprint"))
+        for what, part, name in facts:
+            a, b = ((r.get(part) or {}).get(name, "") for r in (claim, record))
+            if a != b:
+                found.append(f"differs: {what} were {a[:16]}, are {b[:16]}")
     old, new = ({m["name"]: m["value"] for m in r["metrics"]} for r in (claim, record))
     for name in old.keys() | new.keys():
         a, b = old.get(name), new.get(name)
         if a != b and (a is None or b is None or abs(a - b) > tolerance * max(abs(a), abs(b))):
             found.append(f"differs: {name} was {a}, is {b}")
-    before, after = ({a["name"]: a["sha256"] for a in r["artifacts"]} for r in (claim, record))
-    if before == after:
-        found.append("same bits")
-    elif before.keys() != after.keys():
+    before, after = ({a["name"]: a for a in r["artifacts"]} for r in (claim, record))
+    if before.keys() != after.keys():
         found.append(f"differs: artifacts were {', '.join(sorted(before))}, are {', '.join(sorted(after))}")
-    else:
-        changed = sorted(n for n in before if before[n] != after[n])
-        found.append(f"metrics within tolerance, other bits in {', '.join(changed)}")
+        return found
+    changed = sorted(n for n in before if before[n]["sha256"] != after[n]["sha256"])
+    if not changed:
+        return [*found, "same bits"]
+    apart = [n for n in changed if not close(before[n].get("summary", {}), after[n].get("summary", {}), tolerance)]
+    found += [f"differs: the numbers of {name!r} (mean, size) are not within {tolerance:g}" for name in apart]
+    if len(changed) > len(apart):
+        found.append(f"within tolerance, other bits in {', '.join(n for n in changed if n not in apart)}")
     return found
+
+
+def close(old: dict[str, list[float]], new: dict[str, list[float]], tolerance: float) -> bool:
+    """Whether each array's mean, root mean square and largest magnitude agree, relative to its root mean square."""
+    if old.keys() != new.keys() or not old:
+        return False
+    return all(abs(a - b) <= tolerance * max(abs(a), abs(b), old[n][1]) for n in old for a, b in zip(old[n], new[n], strict=True))

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness import Arrays, Metric, Param, Result, Technique
+from harness import Arrays, HarnessError, Metric, Param, Result, Technique
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from harness import Context
 
 
@@ -25,10 +27,14 @@ class Features(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
-        parts = []
-        with torch.no_grad():
-            for _, images in ctx.stream():
-                vectors = images.flatten(1) if self.layer == "pixels" else ctx.model.embedding(images, self.layer)
-                parts.append(vectors.float().cpu())
-        features = torch.cat(parts)  # (N, D)
+        def vectors(images: Tensor) -> Tensor:
+            return images.flatten(1) if self.layer == "pixels" else ctx.model.embedding(images, self.layer)
+
+        features = torch.cat([found.float().cpu() for _, found in ctx.stream(vectors)])  # (N, D)
+        bad = (~torch.isfinite(features).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise HarnessError(
+                f"layer {self.layer!r} of {ctx.model.name!r} gives values that are not finite for {len(bad)} of {len(features)} pictures, "
+                f"first {ctx.ids[bad[0]]!r}; look at the model's weights and at those pictures"
+            )
         return Result([Arrays("features", {"features": features})], [Metric("dimensions", features.shape[1])])

@@ -8,7 +8,7 @@ from harness import Arrays, ConfigError, Images, Metric, Paper, Param, Result, T
 from harness.artifacts import Artifact
 from harness.datasets import Dataset, evenly
 
-from .search import nearest, vote
+from .search import Engine, nearest, vote
 
 if TYPE_CHECKING:
     from harness import Context
@@ -20,10 +20,12 @@ class NearestNeighbors(Technique):
     """Nearest pictures in L2 over pixels and over features, d(a, b) = ||phi(a) - phi(b)||_2 (Krizhevsky et al. 2012,
     fig. 4), with precision@k, recall@k and a majority vote for both.
 
-    Every picture is a query against all others. Cost: one forward pass a picture and two distance matrices, in blocks.
+    Each of `measured` pictures is a query against all others; the search is exact. Cost: one forward pass a picture and
+    two distance matrices, in blocks.
     """
 
     name = "nearest_neighbors"
+    version = 2
     family = "representations"
     paper = Paper(
         "Krizhevsky, Sutskever, Hinton", 2012, "ImageNet Classification with Deep Convolutional Neural Networks", doi="10.1145/3065386"
@@ -41,7 +43,12 @@ class NearestNeighbors(Technique):
 
     k: int = Param(5, ge=1, le=100, description="neighbours a query")
     layer: str = Param("penultimate", description="the features' layer: a layer's name or 'penultimate'")
-    queries: int = Param(6, ge=0, le=200, description="rows in the picture, spread evenly over the dataset; numbers use every picture")
+    queries: int = Param(6, ge=0, le=200, description="rows in the picture, spread evenly over the queries measured")
+    measured: int = Param(1000, ge=1, description="queries that the numbers rest on, spread evenly over the dataset; at most all pictures")
+    pixel_size: int = Param(64, ge=1, le=512, description="side in pixels to which larger pictures are averaged before pixel distances")
+    engine: Engine = Param(
+        "auto", description="what searches: faiss, blocks of matrix products, or faiss when it is installed; same answer"
+    )
 
     def uses(self) -> tuple[Use, ...]:
         return (Use("features", {"layer": self.layer}),)
@@ -51,17 +58,15 @@ class NearestNeighbors(Technique):
         count = len(dataset)
         if count <= self.k:
             raise ConfigError(f"nearest_neighbors.k: {self.k} neighbours need more than {self.k} pictures; {dataset.name!r} has {count}")
-        pixels = dataset.pictures(ctx.model.input).reshape(count, -1).astype(np.float32) / 255
         features = ctx.results["features"]["features"]
         assert isinstance(features, Arrays)
-        self_ = np.arange(count)
-        found = {
-            "pixels": nearest(pixels, pixels, self.k, self_),
-            "features": nearest(features.data["features"], features.data["features"], self.k, self_),
-        }
-        shown = evenly(self.queries, count)
-        artifacts: list[Artifact] = [self._grid(ctx, dataset, space, shown, found[space]) for space in SPACES if shown]
+        vectors = {"pixels": self._pixels(ctx), "features": features.data["features"]}
+        rows = np.asarray(evenly(self.measured, count))
+        found = {s: nearest(v[rows], v, self.k, rows, ctx.device, self.engine) for s, v in vectors.items()}
+        shown = evenly(self.queries, len(rows))
+        artifacts: list[Artifact] = [self._grid(ctx, dataset, space, rows, shown, found[space]) for space in SPACES if shown]
         arrays = {f"{space}.{part}": value for space in SPACES for part, value in zip(("indices", "distances"), found[space], strict=True)}
+        arrays["queries"] = rows
         differ = [
             1 - len(set(a) & set(b)) / self.k for a, b in zip(found["pixels"][0].tolist(), found["features"][0].tolist(), strict=True)
         ]
@@ -77,13 +82,13 @@ class NearestNeighbors(Technique):
         if dataset.labels is None:
             notes.append("the dataset has no labels: precision, recall and votes cannot be given")
         else:
-            same = np.bincount(dataset.labels)[dataset.labels] - 1  # others of the query's class
+            same = np.bincount(dataset.labels)[dataset.labels[rows]] - 1  # others of the query's class
             able = same > 0
-            notes.append(f"{int(able.sum())} of {count} queries have another picture of their class")
-            rows = []
+            notes.append(f"{int(able.sum())} of {len(rows)} queries have another picture of their class")
+            table = []
             for space in SPACES:
-                numbers = quality(found[space][0], dataset.labels, same)
-                rows.append([space, *(float(v[able].mean()) if able.any() else None for v in numbers.values())])
+                numbers = quality(found[space][0], dataset.labels, rows, same)
+                table.append([space, *(float(v[able].mean()) if able.any() else None for v in numbers.values())])
                 for name, values in numbers.items():
                     if able.any():
                         metrics.append(
@@ -91,15 +96,24 @@ class NearestNeighbors(Technique):
                                 f"{name}.{space}", float(values[able].mean()), better="higher", per_image=values[able], about=ABOUT[name]
                             )
                         )
-            artifacts.append(Table("quality", ["space", f"precision@{self.k}", f"recall@{self.k}", "vote accuracy"], rows))
+            artifacts.append(Table("quality", ["space", f"precision@{self.k}", f"recall@{self.k}", "vote accuracy"], table))
         artifacts.append(Arrays("neighbours", arrays))
         return Result(artifacts, metrics, notes)
 
-    def _grid(self, ctx: Context, dataset: Dataset, space: str, shown: list[int], found: tuple[np.ndarray, np.ndarray]) -> Images:
+    def _pixels(self, ctx: Context) -> np.ndarray:
+        """(N, D) pixels in [0, 1] of every picture, averaged down to at most `pixel_size` a side."""
+        from torch.nn.functional import adaptive_avg_pool2d
+
+        side = min(self.pixel_size, ctx.model.input.size)
+        return np.concatenate([p.float().cpu().numpy() for _, p in ctx.stream(lambda images: adaptive_avg_pool2d(images, side).flatten(1))])
+
+    def _grid(
+        self, ctx: Context, dataset: Dataset, space: str, rows: np.ndarray, shown: list[int], found: tuple[np.ndarray, np.ndarray]
+    ) -> Images:
         tiles, captions = [], []
         names = [dataset.classes[label] for label in dataset.labels] if dataset.labels is not None else list(dataset.ids)
         for query in shown:
-            for rank, i in enumerate([query, *found[0][query].tolist()]):
+            for rank, i in enumerate([int(rows[query]), *found[0][query].tolist()]):
                 tiles.append(dataset.pictures(ctx.model.input, i, i + 1)[0])
                 captions.append(f"query: {names[i]}" if rank == 0 else f"{names[i]}, {found[1][query][rank - 1]:.3g}")
         data = np.stack(tiles).transpose(0, 3, 1, 2).astype(np.float32) / 255
@@ -120,8 +134,9 @@ ABOUT = {
 }
 
 
-def quality(indices: np.ndarray, labels: np.ndarray, same: np.ndarray) -> dict[str, np.ndarray]:
-    """Per query: precision@k, recall@k and whether the vote is right; `same` counts the others of its class."""
-    hits = (labels[indices] == labels[:, None]).sum(1)
-    right = vote(labels[indices], int(labels.max()) + 1) == labels
+def quality(indices: np.ndarray, labels: np.ndarray, rows: np.ndarray, same: np.ndarray) -> dict[str, np.ndarray]:
+    """Per query (picture `rows[i]`): precision@k, recall@k and whether the vote is right; `same` counts the others of its class."""
+    own = labels[rows]
+    hits = (labels[indices] == own[:, None]).sum(1)
+    right = vote(labels[indices], int(labels.max()) + 1) == own
     return {"precision": hits / indices.shape[1], "recall": hits / np.maximum(same, 1), "vote_accuracy": right.astype(float)}

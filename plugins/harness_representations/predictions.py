@@ -33,11 +33,9 @@ class Predictions(Technique):
         dataset, model = ctx.dataset, ctx.model
         width = min(5, model.class_count)
         tops, chances = [], []
-        with torch.no_grad():
-            for _, images in ctx.stream():
-                best = model(images).softmax(1).topk(width, dim=1)
-                tops.append(best.indices.cpu())
-                chances.append(best.values.cpu())
+        for _, best in ctx.stream(lambda images: model(images).softmax(1).topk(width, dim=1)):
+            tops.append(best.indices.cpu())
+            chances.append(best.values.cpu())
         top: np.ndarray = torch.cat(tops).numpy()
         chance: np.ndarray = torch.cat(chances).float().numpy()
         labels = None if ctx.labels is None else ctx.labels.cpu().numpy()

@@ -40,7 +40,7 @@ def captions(ctx: Context) -> list[str]:
     target = ctx.target
     if target.classes is None:
         return [f"explains {label}" for label in target.labels]
-    chance = ctx.logits(ctx.images).softmax(1).gather(1, target.classes.unsqueeze(1)).squeeze(1).tolist()
+    chance = ctx.own_logits.softmax(1).gather(1, target.classes.unsqueeze(1)).squeeze(1).tolist()
     return [f"explains {label}, p = {p:.2f}" for label, p in zip(target.labels, chance, strict=True)]
 
 

@@ -26,7 +26,6 @@ from .view import View, build_view
 HERE = Path(__file__).parent
 WEBP_QUALITY, JPEG_QUALITY = 80, 85
 PDF_SECONDS = 600
-BUDGET = 25_000_000  # bytes of a page that a browser still opens at once
 
 
 class _Inline:
@@ -124,7 +123,8 @@ def _weasyprint(work: Path, out: Path, date: str) -> None:
     # A process of its own: WeasyPrint keeps the memory of large documents, and reads the date of fonts when it starts.
     moment = int(datetime.fromisoformat(date).timestamp()) if date else 0
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(moment), "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-m", "harness_reports.pdf_process", str(work), str(out)]
+    # -P: nothing is imported from the folder the user happens to stand in.
+    command = [sys.executable, "-P", "-m", "harness_reports.pdf_process", str(work), str(out)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PDF_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -148,7 +148,7 @@ class JsonReport:
         runs: list[dict[str, Any]] = []
         for run in report.runs:
             value = run.record.model_dump(mode="json")
-            tables = [run.artifact(f.name) for f in run.record.artifacts if f.kind == "table"]
+            tables = [] if run.damage() else [run.artifact(f.name) for f in run.record.artifacts if f.kind == "table"]
             value["tables"] = {t.name: {"columns": t.columns, "rows": t.rows} for t in tables if isinstance(t, Table)}
             runs.append(value)
         content = {"schema_version": 1, "title": report.title, "name": report.name, "command": report.command, "runs": runs}

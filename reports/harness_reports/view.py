@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from harness.artifacts import Arrays, Artifact, Curve, Heatmaps, Images, Scatter, Table
-from harness.errors import HarnessError
+from harness.artifacts import Arrays, Artifact, Curve, Heatmaps, Images, Matrix, Scatter, Table
 from harness.experiment import RunSpec
-from harness.record import MetricValue, Record, ReportInput, StoredRun
+from harness.record import ErrorFacts, MetricValue, Record, ReportInput, StoredRun
 
 from . import charts, colour
 
@@ -40,6 +39,7 @@ class Tile:
     caption: str
     alt: str
     second: str = ""  # a picture shown to the right of the first: the map beside its input
+    zoom: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Variant:
     seed: int
     params: Sequence[tuple[str, str]]
     models: Sequence[str]
+    measured: Sequence[str]  # models with metrics, in the order of their values
     metrics: Sequence[MetricRow]
     figures: Sequence[Figure]
     problems: Sequence[Problem]
@@ -164,11 +165,11 @@ def unique(items: Sequence[Any]) -> list[Any]:
 
 def build_view(report: ReportInput, assets: Assets) -> View:
     """The view of a report's runs, in their order."""
-    records = [run.record for run in report.runs]
+    runs = [_readable(run) for run in report.runs]
+    records = [run.record for run in runs]
     models = unique([r.model.name for r in records])
     sections = [
-        _section(name, [r for r in report.runs if r.record.technique.name == name], assets)
-        for name in unique([r.technique.name for r in records])
+        _section(name, [r for r in runs if r.record.technique.name == name], assets) for name in unique([r.technique.name for r in records])
     ]
     counts = {status: sum(r.status == status for r in records) for status in ("finished", "failed", "not_applicable")}
     lead = f"{len(records)} runs of {len(sections)} techniques on {_listed(models)}: {counts['finished']} finished"
@@ -182,7 +183,7 @@ def build_view(report: ReportInput, assets: Assets) -> View:
         command=report.command,
         lead=lead + ".",
         models=models,
-        summary=[_summary(s, models, report.runs) for s in sections],
+        summary=[_summary(s, models, runs) for s in sections],
         sections=sections,
         facts=_provenance(records),
         runs=[_run_row(r) for r in records],
@@ -190,6 +191,15 @@ def build_view(report: ReportInput, assets: Assets) -> View:
         status="failed" if counts["failed"] else "finished",
         date=max((r.started for r in records), default=""),
     )
+
+
+def _readable(run: StoredRun) -> StoredRun:
+    """A run whose files are missing or altered counts as failed: nothing of it can be shown."""
+    damage = run.damage()
+    if not damage:
+        return run
+    error = ErrorFacts(type="StorageError", message=damage)
+    return StoredRun(run.record.model_copy(update={"status": "failed", "metrics": [], "notes": [], "error": error}), run.folder)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -241,14 +251,19 @@ def _variant(anchor: str, runs: Sequence[StoredRun], assets: Assets) -> Variant:
     figures: list[Figure] = []
     loaded: list[tuple[StoredRun, dict[str, Artifact]]] = []
     for run in done:
-        try:
-            loaded.append((run, run.all_artifacts()))
-        except HarnessError as error:
-            problems.append(Problem(run.record.model.name, "failed", str(error)))
+        loaded.append((run, run.all_artifacts()))
     for name in unique([n for _, artifacts in loaded for n in artifacts if n != INPUTS]):
         having = [(run, artifacts) for run, artifacts in loaded if name in artifacts]
-        panels = [_panel(run.record, artifacts[name], artifacts.get(INPUTS), assets) for run, artifacts in having]
-        drawn = [p for p in panels if p is not None]
+        drawn = []
+        for run, artifacts in having:
+            try:
+                panel = _panel(run.record, artifacts[name], artifacts.get(INPUTS), assets)
+            except Exception as error:  # one odd artifact must not cost the whole report
+                message = f"{words(name)} cannot be drawn: {type(error).__name__}: {error}"
+                problems.append(Problem(run.record.model.name, "failed", message))
+                continue
+            if panel is not None:
+                drawn.append(panel)
         if drawn:
             figures.append(Figure(f"{anchor}-{name}", words(name).capitalize(), having[0][1][name].caption, drawn))
     notes = [(r.record.model.name, note) for r in done for note in r.record.notes]
@@ -258,11 +273,12 @@ def _variant(anchor: str, runs: Sequence[StoredRun], assets: Assets) -> Variant:
         seed=record.seed,
         params=[(k, plain(v)) for k, v in record.params.items()],
         models=[r.record.model.name for r in runs],
+        measured=[r.record.model.name for r in done],
         metrics=_metrics(done),
         figures=figures,
         problems=problems,
         notes=notes,
-        commands=[RunSpec.model_validate(r.record.spec).command() for r in runs],
+        commands=[RunSpec.model_validate(r.record.spec).command(r.record.registries) for r in runs],
     )
 
 
@@ -311,6 +327,7 @@ def _panel(record: Record, artifact: Artifact, inputs: Artifact | None, assets: 
         Heatmaps: lambda: _heatmaps(record, artifact, inputs, assets),  # type: ignore[arg-type]
         Curve: lambda: Panel(record.model.name, chart=assets.svg(charts.curve(artifact))),  # type: ignore[arg-type]
         Scatter: lambda: Panel(record.model.name, chart=assets.svg(charts.scatter(artifact))),  # type: ignore[arg-type]
+        Matrix: lambda: Panel(record.model.name, chart=assets.svg(charts.matrix(artifact))),  # type: ignore[arg-type]
         Table: lambda: _table(record, artifact),  # type: ignore[arg-type]
     }
     return None if isinstance(artifact, Arrays) else draw[type(artifact)]()
@@ -333,12 +350,14 @@ def _images(record: Record, artifact: Images, assets: Assets) -> Panel:
         _tile(
             colour.enlarge(p, 96) if small else p,
             text,
-            f"{words(artifact.name)} of {record.model.name}: {text}",
+            f"{words(artifact.name)} of {record.model.name}{': ' if text else ''}{text}",
             artifact.exact or small,
             assets,
         )
         for p, text in zip(pixels, captions, strict=True)
     ]
+    if artifact.zoom:
+        tiles_ = [replace(tile, zoom=True) for tile in tiles_]
     return Panel(record.model.name, _rows(tiles_, artifact.columns or 4))
 
 
@@ -348,11 +367,14 @@ def _tile(pixels: np.ndarray, caption: str, alt: str, exact: bool, assets: Asset
 
 def _heatmaps(record: Record, artifact: Heatmaps, inputs: Artifact | None, assets: Assets) -> Panel:
     ends = [colour.limit(m, artifact.signed) for m in artifact.data]
+    if artifact.columns:
+        return _map_sheet(record, artifact, ends, assets)
     over = artifact.over or ()  # set when an artifact is built
     if artifact.shared_scale:
         ends = [max(ends)] * len(ends)
-    pictures = [colour.picture(inputs.data[i]) for i in over] if isinstance(inputs, Images) else [None] * len(ends)
-    names = [inputs.captions[i] if inputs.captions else "" for i in over] if isinstance(inputs, Images) else [""] * len(ends)
+    below = inputs if isinstance(inputs, Images) and over else None
+    pictures = [colour.picture(below.data[i]) for i in over] if below else [None] * len(ends)
+    names = [below.captions[i] if below.captions else "" for i in over] if below else [""] * len(ends)
     tiles = []
     for i, (values, end, under) in enumerate(zip(artifact.data, ends, pictures, strict=True)):
         fits = under is not None and under.shape[:2] == values.shape
@@ -372,7 +394,20 @@ def _heatmaps(record: Record, artifact: Heatmaps, inputs: Artifact | None, asset
             tiles.append(_tile(shown, caption, alt, small, assets, second))
     high = "each map on its own scale" if not artifact.shared_scale else number(ends[0])
     legend = Legend("-" if artifact.signed else "0", high, artifact.unit, artifact.signed)
-    return Panel(record.model.name, _rows(tiles, 3 if isinstance(inputs, Images) else 5), legend=legend)
+    return Panel(record.model.name, _rows(tiles, 3 if below else 5), legend=legend)
+
+
+def _map_sheet(record: Record, artifact: Heatmaps, ends: list[float], assets: Assets) -> Panel:
+    """All maps as small tiles in one picture."""
+    if artifact.shared_scale:
+        ends = [max(ends)] * len(ends)
+    drawn = [colour.balance(m, end, None) if artifact.signed else colour.heat(m, end) for m, end in zip(artifact.data, ends, strict=True)]
+    page = colour.sheet([colour.enlarge(d, 26) for d in drawn], artifact.columns, 2)
+    alt = f"{words(artifact.name)} of {record.model.name}: {len(drawn)} maps"
+    sign = "\u00b1" if artifact.signed else "to "
+    high = f"one scale, {sign}{number(ends[0])}" if artifact.shared_scale else "each map on its own scale"
+    legend = Legend("-" if artifact.signed else "0", high, artifact.unit, artifact.signed)
+    return Panel(record.model.name, [[_tile(page, "", alt, True, assets)]], legend=legend)
 
 
 def _table(record: Record, artifact: Table) -> Panel:
@@ -441,5 +476,5 @@ def _run_row(record: Record) -> dict[str, str]:
         "seconds": f"{record.seconds:.1f}",
         "memory": f"{record.peak_memory_bytes / 2**20:.0f}",
         "started": record.started,
-        "command": spec.command(),
+        "command": spec.command(record.registries),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from harness import Arrays, Curve, Heatmaps, Images, Scatter, Table
+from harness import Arrays, Curve, Heatmaps, Images, Matrix, Scatter, Table
 from harness.artifacts import KINDS
 from harness.plugins import load_plugins
 from harness.record import DatasetFacts, ErrorFacts, MetricValue, ModelFacts, Record, ReportInput, Spool, TechniqueFacts
@@ -26,6 +26,12 @@ def artifacts():
         Heatmaps("coarse", rng.random((3, 7, 7))),
         Curve("curve", [1, 2, 3], {EVIL: [1, 2, 3], "b": [3, 2, 1]}, EVIL, EVIL, log_x=True),
         Scatter("scatter", rng.random((9, 2)), group=[0, 1, 2] * 3, groups=["a", EVIL, "c"], x_label=EVIL),
+        Scatter("stamps", rng.random((9, 2)), pictures=photo, pictured=[0, 3, 8]),
+        Scatter("grey_stamps", rng.random((2000, 2)), group=[0, 1] * 1000, groups=["a", EVIL], pictures=photo[:, :1], pictured=[0, 3, 8]),
+        Matrix("matrix", rng.random((3, 3)), [EVIL, "b", "c"], ["x", EVIL, "z"], EVIL, tree=[[0, 1, 0.5, 2], [2, 3, 1, 3]]),
+        Matrix("wide", rng.normal(size=(2, 80)), ["a", "b"], range(80), signed=True),
+        Heatmaps("sheet", rng.random((40, 7, 7)), columns=8, shared_scale=True, over=[0] * 40),
+        Images("zoomed", photo[:1], zoom=True, captions=[EVIL]),
         Table("table", ["name", EVIL], [[EVIL, None], ["b", 1.5], ["c", True]]),
         Table("long", ["i"], [[i] for i in range(100)]),
         Arrays("arrays", {"x": rng.random(4)}),
@@ -168,6 +174,42 @@ def test_pdf_reads_no_file_outside_of_its_folder(tmp_path):
         assert done.returncode == 1
         assert "refused" in done.stderr or "not allowed" in done.stderr or "protocol" in done.stderr.lower()
         assert not (tmp_path / "o.pdf").exists()
+
+
+def test_a_damaged_run_is_a_failure_and_shifts_nothing(report, plugins, tmp_path):
+    """Metrics stand under their own models when one of three has lost its files."""
+    import re
+
+    spool = Spool(tmp_path / "more")
+    runs = []
+    for i, name in enumerate(("one", "two", "three")):
+        facts = ModelFacts(name=name, builder="b", weights="w")
+        value = [MetricValue(name="m", value=i + 0.25)]
+        runs.append(spool.write(record(run_id=f"{i}" * 32, model=facts, metrics=value), [Images("a", np.zeros((1, 1, 4, 4)))]))
+    (runs[0].folder / "a.npz").write_bytes(b"x")
+    text = plugins.get("renderers", "html").render(ReportInput("t", "n", runs), tmp_path / "out").read_text()
+    assert "2 finished, 1 failed" in text
+    assert "missing or altered" in text
+    table = text[text.index('<table class="data metrics">') :]
+    assert re.findall(r'<th scope="col">(\w+)</th>', table)[:4] == ["metric", "two", "three", "meaning"]
+    assert re.findall(r"<td[^>]*>([\d.]+)</td>", table)[:2] == ["1.25", "2.25"]
+    assert plugins.get("renderers", "json").render(ReportInput("t", "n", runs), tmp_path / "out").exists()
+
+
+def test_an_artifact_that_cannot_be_drawn_costs_only_itself(report, plugins, tmp_path, monkeypatch):
+    from harness_reports import charts
+
+    monkeypatch.setattr(charts, "curve", lambda artifact: 1 / 0)
+    text = plugins.get("renderers", "html").render(report, tmp_path).read_text()
+    assert "curve cannot be drawn: ZeroDivisionError" in text
+    assert "first 25 of 100 rows" in text
+
+
+def test_the_pdf_process_imports_nothing_from_the_users_folder(report, plugins, tmp_path, monkeypatch):
+    (tmp_path / "weasyprint.py").write_text("raise SystemExit('imported from the current folder')")
+    (tmp_path / "logging.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    assert plugins.get("renderers", "pdf").render(report, tmp_path / "out").exists()
 
 
 def test_json_holds_every_row_and_no_nan(report, plugins, tmp_path):

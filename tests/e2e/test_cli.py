@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +106,61 @@ def test_audit_report_and_verify(cli, tmp_path):
     assert "differs: confidence was" in cli("verify", "a", code=1)[0]
 
 
+def test_verify_notices_other_data_weights_and_numbers():
+    from harness.cli.verify import differences
+
+    def run(**change):
+        artifact = {"name": "f", "sha256": "1", "summary": {"features": [0.5, 2.0, 7.0]}}
+        base = {
+            "status": "finished",
+            "key": "k",
+            "metrics": [],
+            "artifacts": [artifact],
+            "model": {"weights": "w"},
+            "dataset": {"fingerprint": "d"},
+        }
+        return {**base, **change}
+
+    def other(**change):
+        return {"artifacts": [{"name": "f", "sha256": "2", "summary": {"features": [0.5, 2.0, 7.0]}, **change}]}
+
+    assert differences(run(), run(), 1e-4) == ["same bits"]
+    assert differences(run(), run(**other()), 1e-4) == ["within tolerance, other bits in f"]
+    assert differences(run(), run(**other(summary={"features": [0.50001, 2.0, 7.0]})), 1e-4) == ["within tolerance, other bits in f"]
+    for change, word in [
+        (other(summary={"features": [0.6, 2.0, 7.0]}), "differs: the numbers of 'f'"),
+        (other(summary={}), "differs: the numbers of 'f'"),
+        ({"key": "x", "model": {"weights": "v"}}, "differs: weights were w, are v"),
+        ({"key": "x", "dataset": None}, "differs: data were d, are "),
+        ({"artifacts": []}, "differs: artifacts were f, are "),
+    ]:
+        assert any(p.startswith(word) for p in differences(run(), run(**change), 1e-4)), change
+
+
+def test_the_command_in_a_report_makes_it_again(cli, tmp_path):
+    """With the user's own registry, in another folder, with options: the experiment's command and each run's."""
+    import shlex
+
+    (tmp_path / "net.py").write_text("from harness.nets import DigitsLinear as Net\n")
+    (tmp_path / "r.yaml").write_text(
+        "models:\n  mine: {builder: 'net.py:Net', weights: 'random:0', classes: digits, input: {channels: 1, size: 8}}\n"
+    )
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "e.yaml").write_text("name: mine\nmodels: [mine]\ndatasets: [digits_test]\ntechniques: [saliency]\n")
+    given = ["-r", "r.yaml", "run", "sub/e.yaml", "--limit", "3", "--device", "cpu"]
+    cli(*given)
+    cli("report", "mine", "--format", "json", "-o", "a")
+    content = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert content["command"] == shlex.join(["harness", *given])
+    cli("report", "mine", "--format", "html", "-o", "a")
+    text = (tmp_path / "a" / "report.html").read_text()
+    single = "harness --registry r.yaml run -m mine -d digits_test -t saliency --limit 3 --device cpu"
+    assert single in text
+    for command in (content["command"], single):
+        assert "reused" in cli(*shlex.split(command)[1:])[1]
+    assert "1 of 1 runs as the report claims" in cli("verify", "a")[0]  # the registry is the report's own
+
+
 def test_compare_puts_models_side_by_side(cli, tmp_path):
     cli("compare", "digits_cnn", "digits_linear", *FAST, "-o", "c", "--format", "html")
     text = (tmp_path / "c" / "report.html").read_text()
@@ -149,6 +204,7 @@ def test_an_experiment_file(cli, tmp_path):
         (["run", "x.yaml", "-m", "digits_cnn"], "not both"),
         (["run"], "give an experiment file"),
         (["audit", "alexnet"], "weights of 'alexnet' are not here"),
+        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--device", "cpu:x"], "choose auto, cpu"),
         (["verify", "nowhere"], "has report.json"),
         (["report", "nowhere"], "no experiment 'nowhere'"),
         (["report", "nowhere", "--format", "docx"], "no renderer 'docx'"),
@@ -253,7 +309,7 @@ limit: 40
 """
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path, own_state):
+def test_killed_in_the_middle_it_goes_on_where_it_stopped(cli, tmp_path, own_state, empty_store, monkeypatch):
     """kill -9, start again: finished runs are not repeated, and the result is that of an undisturbed run."""
     (tmp_path / "k.yaml").write_text(KILLED)
     words = [sys.executable, "-m", "harness", "run", "k.yaml"]
@@ -270,16 +326,17 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path, own_state):
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("reused") >= 4
     assert again.stderr.count("reused") < 10
-    undisturbed = subprocess.run(
-        words, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "HARNESS_RUNS": str(tmp_path / "other")}
-    )
-    assert undisturbed.returncode == 0
-    assert undisturbed.stderr.count("reused") == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(empty_store, other / "mlflow.db")
+    with monkeypatch.context() as patch:
+        patch.setenv("HARNESS_RUNS", str(other))
+        assert "reused" not in cli("run", "k.yaml")[1]
 
     from harness.tracking import tracker_for, tracking_uri
 
     results = []
-    for root in (own_state, tmp_path / "other"):
+    for root in (own_state, other):
         _, runs = tracker_for(tracking_uri("", root), root).load("killed")
         results.append(
             [(r.record.key, {a.name: a.sha256 for a in r.record.artifacts}, [(m.name, m.value) for m in r.record.metrics]) for r in runs]

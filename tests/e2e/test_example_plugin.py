@@ -34,20 +34,8 @@ def test_it_is_found_checked_run_and_reported(installed, tmp_path):
     assert "noisy_gradient" in harness("techniques", env=installed, cwd=tmp_path).stdout
     checked = harness("plugin", "check", "harness-example-plugin", env=installed, cwd=tmp_path)
     assert checked.stdout == "ok      noisy_gradient\n", checked.stdout
-    done = harness(
-        "audit",
-        "digits_cnn",
-        "-d",
-        "digits_test",
-        "--limit",
-        "6",
-        "--format",
-        "html",
-        "-p",
-        "class_visualization.steps=3",
-        env=installed,
-        cwd=tmp_path,
-    )
+    words = ["-d", "digits_test", "--limit", "6", "-p", "class_visualization.steps=3"]
+    done = harness("audit", "digits_cnn", *words, "--format", "html", env=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "noisy_gradient on digits_cnn" in done.stderr
     assert "harness-example-plugin 0.1.0" in (tmp_path / "out/audit-digits_cnn/report.html").read_text()

@@ -27,19 +27,28 @@ def test_class_pictures_are_of_their_class(squeezenet):
     assert found["first_share"].value == 1
     assert found["high_frequency"].value < 0.1
     curve = next(a for a in result.artifacts if a.name == "objective")
-    assert all(line[-20:].mean() > 5 * line[:20].mean() for line in curve.lines.values())
+    assert all(line[-20:].mean() > 3 * line[:20].mean() for line in curve.lines.values())
 
 
+@pytest.mark.slow
 def test_the_better_regulariser_has_less_high_frequency(squeezenet):
-    """Yosinski's blur against the plain recipe, after as many steps."""
+    """Yosinski's third setting against the same with its L2 decay alone: equal steps, equal rates, both sure of the class.
+
+    The plain one scores higher by patterns of single pixels, which a blur of two pixels undoes and the other survives.
+    """
+    from harness import optimise as o
 
     def run(**params):
-        result = ClassVisualization(classes=(130,), steps=40, **params).run(Context(squeezenet, technique="class_visualization"))
-        return {m.name: m.value for m in result.metrics}
+        result = ClassVisualization(classes=(130,), steps=120, gain=4.0, preset="yosinski_3", **params).run(
+            Context(squeezenet, technique="class_visualization")
+        )
+        picture = torch.tensor(result.artifacts[0].data)
+        return {m.name: m.value for m in result.metrics}, squeezenet(o.gaussian_blur(picture, 2.0)).detach()[0, 130].item()
 
-    plain, blurred = run(preset="simonyan"), run(preset="yosinski_1")
-    assert blurred["high_frequency"] < plain["high_frequency"] / 2
-    assert blurred["probability"] >= plain["probability"] - 0.01
+    (plain, plain_blurred), (better, better_blurred) = run(blur=0.0, blur_every=0), run()
+    assert min(plain["probability"], better["probability"]) > 0.9
+    assert better["high_frequency"] < plain["high_frequency"] / 10
+    assert better_blurred > plain_blurred
 
 
 @pytest.mark.parametrize("technique", [Saliency(), Occlusion(window=48, stride=24)])

@@ -211,18 +211,73 @@ def test_one_pass_serves_a_layer_and_the_logits(digits_cnn):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_score_that_is_not_finite_keeps_the_last_good_picture():
-    class Explodes(nn.Module):
-        def forward(self, x):
-            total = x.flatten(1).sum(1, keepdim=True)
-            return torch.cat([total, -torch.log(9 - total)], 1)  # not a number above 9
+class Cliff(nn.Module):
+    """Two scores; the second is -log(9 - sum), which is not a number above 9."""
 
-    model = LoadedModel(Explodes().double(), InputSpec(channels=1, size=4, mean=(0.0,), std=(1.0,)))
-    start = grey(2)
-    made = o.ascend(model, o.class_score(torch.tensor([0, 1])), start, steps=20, step_size=0.05, draws=draws(2))
+    def forward(self, x):
+        total = x.flatten(1).sum(1, keepdim=True)
+        return torch.cat([total, -torch.log(9 - total)], 1)
+
+
+@pytest.mark.parametrize("rule", ["normalised", "constant", "scaled", "progress", "line_search"])
+def test_a_score_that_is_not_finite_keeps_the_last_good_picture(rule):
+    model = LoadedModel(Cliff().double(), InputSpec(channels=1, size=4, mean=(0.0,), std=(1.0,)))
+    made = o.ascend(model, o.class_score(torch.tensor([0, 1])), grey(2), steps=20, step_size=0.05, gain=3.0, draws=draws(2), rule=rule)
+    last = model(made.images)[[0, 1], [0, 1]]
+    assert torch.isfinite(last).all()
+    assert torch.isfinite(made.scores).all()
+    assert made.images[0].sum() > 9  # the other goes on
+    if rule == "line_search":  # which takes bad steps back instead of giving up
+        assert made.stopped == []
+        assert last[1] > made.scores[0, 1]
+    else:
+        assert made.stopped == [1]
+        assert last[1] == made.scores[-1, 1]
+        assert last[1] == made.scores[:, 1].max()
+
+
+@pytest.mark.parametrize("rule", ["normalised", "line_search"])
+def test_a_start_whose_score_is_not_finite_is_kept_and_said(rule):
+    model = LoadedModel(Cliff().double(), InputSpec(channels=1, size=4, mean=(0.0,), std=(1.0,)))
+    start = torch.ones_like(grey(2))
+    made = o.ascend(model, o.class_score(torch.tensor([0, 1])), start, steps=3, step_size=0.01, draws=draws(2), rule=rule)
     assert made.stopped == [1]
-    assert torch.isfinite(made.images).all()
-    assert made.images[1].sum() < made.images[0].sum()
+    assert torch.equal(made.images[1], start[1])
+
+
+def test_a_run_that_leaves_the_finite_numbers_says_so_and_can_be_stored(tmp_path):
+    model = LoadedModel(Cliff(), InputSpec(channels=1, size=4, mean=(0.0,), std=(1.0,)))
+    technique = ClassVisualization(classes=(0, 1), steps=40, blur=0.0, decay=0.0, noise=0.0, jitter=0)
+    result = technique.run(Context(model, technique="class_visualization"))
+    assert result.notes == ["1: the score stopped being finite; the last good picture is shown; use a smaller step_size"]
+    for artifact in result.artifacts:
+        artifact.save(tmp_path / f"{artifact.name}.npz")
+
+
+@pytest.mark.parametrize("rule", ["scaled", "progress"])
+def test_a_step_gains_what_was_asked_for(rule):
+    """On a linear model the first order is all there is: every step raises the score by the gain."""
+    model = linear()
+    made = o.ascend(model, o.class_score(torch.tensor([2])), grey(), steps=5, step_size=1e9, gain=0.25, draws=draws(), rule=rule)
+    torch.testing.assert_close(made.scores.diff(dim=0), torch.full((4, 1), 0.25, dtype=torch.float64))
+
+
+def test_progress_is_bounded_by_the_largest_rate():
+    model = linear()
+    arguments = {"steps": 3, "step_size": 0.01, "draws": draws()}
+    bounded = o.ascend(model, o.class_score(torch.tensor([2])), grey(), gain=1e9, rule="progress", **arguments)
+    constant = o.ascend(model, o.class_score(torch.tensor([2])), grey(), rule="constant", **arguments)
+    torch.testing.assert_close(bounded.images, constant.images)
+
+
+def test_classes_in_several_batches_get_what_they_get_in_one(digits_cnn):
+    technique = ClassVisualization(classes=(3, 5, 8), steps=6)
+    one, several = (technique.run(Context(digits_cnn, technique="class_visualization", max_batch=b)) for b in (32, 2))
+    assert [a.name for a in one.artifacts] == [a.name for a in several.artifacts]
+    np.testing.assert_allclose(one.artifacts[0].data, several.artifacts[0].data, atol=1e-5)
+    np.testing.assert_allclose(one.artifacts[1].data, several.artifacts[1].data, atol=1e-5)
+    for label, line in one.artifacts[2].lines.items():
+        np.testing.assert_allclose(several.artifacts[2].lines[label], line, rtol=1e-4)
 
 
 def test_zero_steps_give_the_start():
@@ -288,6 +343,7 @@ def test_loop_runs_without_values(digits_cnn):
             model, o.class_score(torch.zeros(2, dtype=torch.int64, device="meta")), torch.empty((2, 1, 8, 8), device="meta"), steps=3, step_size=0.1,
             draws=Draws(["a", "b"], torch.device("meta"), torch.float32, 0), transforms=[o.Jitter(1)],
             operators=[o.Decay(0.1, torch.tensor(0.5, device="meta")), o.Blur(1.0, 1), o.ClampPixels()],
+            conditioners=[o.NaturalColours(0.5), o.LowFrequencies(0.5)],
             progress=lambda what, done, total: seen.append(done),
         )  # fmt: skip
     assert seen == [1, 2, 3]

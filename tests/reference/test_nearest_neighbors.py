@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -26,21 +28,41 @@ def brute(queries, database, k, skip=None):
     return order, np.sqrt(np.take_along_axis(d, order, 1))
 
 
+ENGINES = ["blocks", *(["faiss"] if find_spec("faiss") else [])]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_brute_force_with_ties(seed):
+def test_equals_brute_force_with_ties(seed, engine):
     rng = np.random.default_rng(seed)
-    data = rng.integers(0, 3, (80, 5)).astype(np.float32)  # many equal distances and duplicates
-    indices, distances = nearest(data, data, 7, np.arange(80))
-    expected, d = brute(data, data, 7, np.arange(80))
+    data = rng.integers(0, 3, (300, 5)).astype(np.float32)  # many equal distances and duplicates
+    indices, distances = nearest(data, data, 7, np.arange(300), engine=engine)
+    expected, d = brute(data, data, 7, np.arange(300))
     assert np.array_equal(indices, expected)
     np.testing.assert_allclose(distances, d, rtol=1e-12)
 
 
-def test_rounding_does_not_change_the_order():
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("offset", "scale", "width"), [(1e4, 1e-3, 8), (100, 1, 1500), (0, 1e-6, 40)])
+def test_rounding_does_not_change_the_order(offset, scale, width, engine):
     """Far from the origin |q|^2 + |x|^2 - 2qx loses what tells neighbours apart."""
     rng = np.random.default_rng(0)
-    data = 1e4 + rng.normal(size=(50, 8)) * 1e-3
-    assert np.array_equal(nearest(data, data, 5, np.arange(50))[0], brute(data, data, 5, np.arange(50))[0])
+    data = offset + rng.normal(size=(200, width)) * scale
+    assert np.array_equal(nearest(data, data, 5, np.arange(200), engine=engine)[0], brute(data, data, 5, np.arange(200))[0])
+
+
+def test_more_equals_than_candidates():
+    """Forty copies of one row: the five of lowest index are the neighbours, wherever the first candidates lie."""
+    data = np.random.default_rng(3).normal(size=(120, 6)).astype(np.float32)
+    data[60:100] = data[50]
+    assert nearest(data[50:51], data, 5, np.array([50]))[0].tolist() == [[60, 61, 62, 63, 64]]
+
+
+def test_more_neighbours_than_rows():
+    data = np.zeros((4, 2), np.float32)
+    assert nearest(data, data, 3, np.arange(4))[0].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    with pytest.raises(ValueError, match="4 neighbours of 4 rows"):
+        nearest(data, data, 4, np.arange(4))
 
 
 def test_blocks_do_not_matter(monkeypatch):
@@ -49,7 +71,8 @@ def test_blocks_do_not_matter(monkeypatch):
     rng = np.random.default_rng(1)
     data = rng.normal(size=(60, 4)).astype(np.float32)
     whole = nearest(data, data, 3)
-    monkeypatch.setattr(search, "BLOCK_BYTES", 8 * 60 * 7)
+    monkeypatch.setattr(search, "BLOCK_BYTES", 8 * 60 * 7)  # seven queries at once
+    monkeypatch.setattr(search, "CHUNK", 3)
     assert np.array_equal(nearest(data, data, 3)[0], whole[0])
 
 
@@ -75,7 +98,7 @@ def test_quality_by_hand():
     labels = np.array([0, 0, 0, 1, 1])
     indices = np.array([[1, 3], [0, 2], [3, 4], [4, 0], [0, 1]])
     same = np.bincount(labels)[labels] - 1
-    found = quality(indices, labels, same)
+    found = quality(indices, labels, np.arange(5), same)
     assert found["precision"].tolist() == [0.5, 1, 0, 0.5, 0]
     assert found["recall"].tolist() == [0.5, 1, 0, 1, 0]
     assert found["vote_accuracy"].tolist() == [1, 1, 0, 1, 0]
@@ -135,6 +158,36 @@ def test_duplicate_pictures_are_neighbours_at_distance_zero(digits_cnn, registry
     arrays = next(a for a in result.artifacts if a.name == "neighbours").data
     assert arrays["pixels.indices"][:2, 0].tolist() == [1, 0]
     assert arrays["pixels.distances"][0, 0] == 0
+
+
+def test_numbers_may_rest_on_some_of_the_pictures(digits_cnn):
+    """Two of twelve as queries: rows 0 and 6 of what all of them give."""
+    data = small_dataset(12)
+    whole, some = (run_once(NearestNeighbors(k=3, measured=n), digits_cnn, data) for n in (1000, 2))
+    arrays = [next(a for a in r.artifacts if a.name == "neighbours").data for r in (whole, some)]
+    assert arrays[1]["queries"].tolist() == [0, 6]
+    for name in ("pixels.indices", "features.indices"):
+        assert np.array_equal(arrays[1][name], arrays[0][name][[0, 6]])
+    values = [next(m for m in r.metrics if m.name == "neighbours_differ").per_image for r in (whole, some)]
+    assert values[1] == (values[0][0], values[0][6])
+
+
+def test_larger_pictures_are_averaged_for_pixel_distances(digits_cnn):
+    """Side 1: the mean grey alone decides."""
+    data = small_dataset(12)
+    arrays = next(a for a in run_once(NearestNeighbors(k=2, pixel_size=1), digits_cnn, data).artifacts if a.name == "neighbours").data
+    means = data.pictures(digits_cnn.input).mean((1, 2, 3), keepdims=True).reshape(12, 1).astype(np.float32)
+    assert np.array_equal(arrays["pixels.indices"], brute(means, means, 2, np.arange(12))[0])
+
+
+def test_features_that_are_not_numbers_are_told(registry):
+    from harness import HarnessError
+    from harness.models import load_model
+
+    model = load_model("digits_cnn@random", registry)
+    model.modules["features.0"].weight.data[0] = torch.nan
+    with pytest.raises(HarnessError, match="not finite for 12 of 12 pictures, first 'digit-0000'"):
+        run_once(Features(), model, small_dataset(12))
 
 
 def test_too_few_pictures(digits_cnn):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from harness import Arrays, Curve, Heatmaps, Images, Metric, Result, Scatter, Table
+from harness import Arrays, Curve, Heatmaps, Images, Matrix, Metric, Result, Scatter, Table
 from harness.artifacts import load
 
 
@@ -31,6 +31,10 @@ from harness.artifacts import load
         (lambda: Curve("a", [1], {}), "at least one line"),
         (lambda: Scatter("a", np.zeros((3, 3))), r"not \(N, 2\)"),
         (lambda: Scatter("a", np.zeros((2, 2)), group=[0, 5], groups=["x"]), "outside"),
+        (lambda: Scatter("a", np.zeros((2, 2)), pictures=np.zeros((1, 1, 2, 2)), pictured=[2]), "a point that is not there"),
+        (lambda: Scatter("a", np.zeros((2, 2)), pictures=np.zeros((1, 1, 2, 2)), pictured=[0, 1]), r"\(2,\) places for 1 pictures"),
+        (lambda: Matrix("a", np.zeros((2, 3)), ["x"], ["y"] * 3), "names for 1 x 3 values"),
+        (lambda: Matrix("a", np.zeros((2, 1)), ["x", "y"], ["z"], tree=np.zeros((2, 4))), r"tree \(2, 4\) is not \(1, 4\)"),
         (lambda: Table("a", ["x"], [[1, 2]]), "row 0 has 2 cells for 1 columns"),
         (lambda: Table("a", ["x"], [[[1]]]), "not text or a number"),
         (lambda: Arrays("a", {"x": np.array([object()])}), "dtype object"),

@@ -142,3 +142,41 @@ def test_lower_precision_is_autocast(digits_cnn):
     with device_settings("cpu", "bfloat16") as facts, torch.no_grad():
         assert digits_cnn(x).dtype == torch.bfloat16
     assert facts.precision == "bfloat16"
+
+
+def scarce(monkeypatch, model, most):
+    """The model runs out of memory above `most` pictures."""
+    real = type(model).__call__
+
+    def call(self, pixels):
+        if len(pixels) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, pixels)
+
+    monkeypatch.setattr(type(model), "__call__", call)
+
+
+@pytest.mark.parametrize("name", ["features", "predictions", "saliency", "class_visualization", "nearest_neighbors"])
+def test_running_out_of_memory_halves_the_batch(name, digits_cnn, monkeypatch):
+    from harness.plugins import load_plugins
+    from harness.testing import run_once, same, small_dataset
+
+    _ = digits_cnn.calls
+    small = {"class_visualization": {"steps": 2, "classes": [1, 2, 3, 4, 5]}}
+    technique = load_plugins().technique(name).build(small.get(name, {}))
+    plenty = run_once(technique, digits_cnn, small_dataset(12), max_batch=32)
+    scarce(monkeypatch, digits_cnn, 2)
+    assert same(plenty, run_once(technique, digits_cnn, small_dataset(12), max_batch=32), rtol=1e-4, atol=1e-5)
+
+
+def test_the_predicted_class_is_read_off_the_gradients_own_pass(digits_cnn, monkeypatch):
+    from harness.plugins import load_plugins
+    from harness.testing import run_once, small_dataset
+
+    passes = []
+    real = type(digits_cnn).__call__
+    monkeypatch.setattr(type(digits_cnn), "__call__", lambda self, x: passes.append(len(x)) or real(self, x))
+    for target in ("predicted", "labelled", 3):
+        passes.clear()
+        run_once(load_plugins().technique("saliency").build({"target": target}), digits_cnn, small_dataset(6), max_batch=32)
+        assert sum(n for n in passes if n > 1) == 6, target  # single pictures: the model counts its classes once

@@ -336,3 +336,19 @@ def test_torchvisions_models_run_with_random_weights(name, registry):
     assert scores.shape == (1, 1000)
     assert torch.autograd.grad(scores[0, 3], x)[0].abs().sum() > 0
     assert model.embedding(x.detach()).ndim == 2
+
+
+def test_layers_whose_field_is_not_known_stay_empty():
+    from harness.layers import receptive_fields
+
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(2, 2, 2, stride=2), nn.Conv2d(2, 2, 3))
+    fields = receptive_fields(net)
+    assert {name: field.size for name, field in fields.items()} == {"0": 3, "1": 3}
+    assert set(receptive_fields(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Upsample(scale_factor=2)))) == {"0"}
+
+
+def test_a_channel_of_a_vector_is_refused(digits_cnn):
+    from harness.context import Context
+
+    with pytest.raises(ConfigError, match="is a vector; write neuron:classifier.3:C"):
+        _ = Context(digits_cnn, target="channel:classifier.3:5").target

@@ -48,6 +48,15 @@ def test_a_plugin_that_raises_is_named_and_stops_nothing():
         plugins.technique("beta")
 
 
+def test_a_plugin_that_exits_ends_nothing():
+    def leave():
+        raise SystemExit(7)
+
+    plugins = discover(entries(a=leave, b=lambda: GOOD))
+    assert list(plugins.techniques) == ["alpha"]
+    assert "SystemExit: 7" in str(plugins.failures[0])
+
+
 def test_a_hook_that_raises_is_named_and_stops_nothing():
     plugins = discover(entries(a=lambda: module(harness_techniques=lambda: 1 / 0), b=lambda: GOOD))
     assert list(plugins.techniques) == ["alpha"]

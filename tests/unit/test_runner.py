@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from harness import Arrays, Heatmaps, Metric, NotApplicable, Param, Result, Technique, Use, hookimpl
-from harness.errors import ConfigError, StorageError, TrackingError
+from harness.errors import ConfigError, HarnessError, StorageError, TrackingError
 from harness.experiment import Experiment, expand
 from harness.plugins import Origin, _installed, discover
 from harness.record import read_record
@@ -40,6 +40,14 @@ class Probe(Technique):
             return Result([], [Metric("m", float("nan"), per_image=[1.0, float("inf")])])
         if self.act == "wrong":
             return 3
+        if self.act == "unstorable":
+            return Result([Heatmaps("map", ctx.images.amax(1), captions=["a"] * len(ctx.ids), caption=object())])
+        if self.act == "notes":
+            return Result(notes=[3])
+        if self.act == "name":
+            return Result([Heatmaps("../map", ctx.images.amax(1))])
+        if self.act == "over":
+            return Result([Heatmaps("map", ctx.images.amax(1).repeat(5, 1, 1))])
         if self.act == "unrepeatable":
             import warnings
 
@@ -80,6 +88,35 @@ class Above(Technique):
         return Result([], [Metric("m", ctx.results["base"]["value"].data["v"][0] * 2)])
 
 
+class Twice(Technique):
+    """Builds on one technique twice."""
+
+    name = "twice"
+    needs = frozenset({"dataset"})
+    named: bool = Param(True, description="whether the uses have names")
+
+    def uses(self):
+        return tuple(Use("base", {"value": v}, f"base {v}" if self.named else "") for v in (1, 2))
+
+    def run(self, ctx):
+        return Result([], [Metric("m", sum(10**i * r["value"].data["v"][0] for i, r in enumerate(ctx.results.values())))])
+
+
+class OnPictures(Technique):
+    """Looks at pictures and at what another made of the same pictures."""
+
+    name = "on_pictures"
+    needs = frozenset({"images"})
+
+    def uses(self):
+        return (Use("features"),)
+
+    def run(self, ctx):
+        return Result(
+            [], [Metric("pictures", len(ctx.images)), Metric("features", len(ctx.results["features"]["features"].data["features"]))]
+        )
+
+
 class Labels(Technique):
     """Needs labels."""
 
@@ -103,7 +140,7 @@ class Maps(Technique):
 @pytest.fixture(scope="module")
 def mine():
     made = types.ModuleType("made")
-    made.harness_techniques = hookimpl(lambda: [Probe, Base, Above, Labels, Maps])
+    made.harness_techniques = hookimpl(lambda: [Probe, Base, Above, Twice, OnPictures, Labels, Maps])
     return discover([*_installed(), (Origin("mine", "0.3", "mine"), lambda: made)])
 
 
@@ -177,6 +214,97 @@ def test_a_changed_model_is_a_failure_and_is_loaded_anew(go):
 
 def test_what_is_not_a_result_is_a_failure(go):
     assert "must return a Result" in go(probe("wrong"))[1][0].run.record.error.message
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        ("unstorable", "cannot be stored: TypeError"),
+        ("notes", "notes are sentences"),
+        ("name", "artifact name '../map' is not letters"),
+        ("over", "lie over picture 14 of 3"),
+    ],
+)
+def test_a_result_that_cannot_be_kept_is_the_techniques_own_failure(go, act, message):
+    _, outcomes = go(probe(act), probe())
+    assert [o.run.record.status for o in outcomes] == ["failed", "finished"]
+    assert message in outcomes[0].run.record.error.message
+
+
+def test_two_uses_of_one_technique_have_names(go):
+    assert go(("twice", {}))[1][0].run.record.metric("m").value == 21
+    with pytest.raises(HarnessError, match="give each Use a `name`"):
+        go(("twice", {"named": False}))
+
+
+def test_what_a_run_builds_on_sees_the_same_pictures(go):
+    for limit, count in ((None, 20), (5, 5)):
+        record = go(("on_pictures", {}), limit=limit)[1][0].run.record
+        assert [m.value for m in record.metrics] == [count, count]
+
+
+def test_models_are_loaded_once_each_and_answers_stand_in_the_order_asked_for(go, monkeypatch):
+    from harness import models
+
+    loads = []
+    real = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda name, *rest: loads.append(name) or real(name, *rest))
+    _, outcomes = go(probe(), ("base", {}), models=["digits_cnn", "digits_resnet"])
+    assert loads == ["digits_cnn", "digits_resnet"]
+    assert [(o.spec.technique, o.spec.model) for o in outcomes] == [
+        ("probe", "digits_cnn"), ("probe", "digits_resnet"), ("base", "digits_cnn"), ("base", "digits_resnet"),
+    ]  # fmt: skip
+
+
+def test_one_model_without_weights_fails_alone(go, monkeypatch):
+    from harness import weights
+
+    monkeypatch.setattr(weights.TorchvisionWeights, "fetch", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    _, outcomes = go(probe(), models=["vgg16", "digits_cnn"])
+    assert [o.run.record.status for o in outcomes] == ["failed", "finished"]
+    assert "weights of 'vgg16' are not here" in outcomes[0].run.record.error.message
+    assert exit_code(outcomes) == 2
+    with pytest.raises(ConfigError, match="weights of 'vgg16' are not here"):
+        go(probe(), models=["vgg16"])
+
+
+def test_other_code_is_another_key(mine, own_state, tmp_path):
+    """The same registry, but the user's network, conversion or target was edited."""
+    from harness.registry import load_registry
+
+    (tmp_path / "r.yaml").write_text("models:\n  mine: {builder: 'net.py:Net', input: {channels: 1, size: 8}}\n")
+    keys = []
+    for text in ("x = 1", "x = 2", "x = 1"):
+        (tmp_path / "net.py").write_text(text)
+        runs = expand(mine, ["mine"], ["digits"], [("probe", {})], limit=3)
+        keys.append(Runner(load_registry([tmp_path / "r.yaml"]), mine, Session(Experiment("k", runs), own_state)).plan(runs[0]).key)
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_more_class_names_than_scores_is_told(go, tmp_path, mine, own_state):
+    from harness.registry import load_registry
+
+    (tmp_path / "r.yaml").write_text(
+        "models:\n  mine: {builder: 'harness.nets:DigitsLinear', args: {classes: 9}, weights: 'random:0', classes: digits, input: {channels: 1, size: 8}}\n"
+    )
+    runs = expand(mine, ["mine"], ["digits"], [("predictions", {})], limit=3)
+    outcome = Runner(load_registry([tmp_path / "r.yaml"]), mine, Session(Experiment("k", runs), own_state)).run(Experiment("k", runs))[0]
+    assert "has 10 class names for 9 scores" in outcome.run.record.error.message
+
+
+def test_folders_named_by_index_label_a_model_without_names(tmp_path, registry):
+    from PIL import Image
+
+    from harness.context import labels_of
+    from harness.datasets import load_dataset
+    from harness.models import LoadedModel
+    from harness.nets import DigitsLinear
+
+    for c in (3, 0):
+        (tmp_path / "set" / str(c)).mkdir(parents=True)
+        Image.new("L", (8, 8), c).save(tmp_path / "set" / str(c) / "a.png")
+    model = LoadedModel(DigitsLinear(), registry.model("digits_linear").input)
+    assert labels_of(load_dataset(str(tmp_path / "set"), registry), model).tolist() == [0, 3]
 
 
 def test_operations_that_are_not_repeatable_are_noted_once(go):
@@ -298,11 +426,69 @@ def test_an_unreachable_server_costs_one_warning_and_nothing_else(go, own_state)
     assert len(list(session.spool)) == 2
     _, again = go(probe(), uri="http://127.0.0.1:9")
     assert again[0].how == "reused"  # from the spool
-    # the server is back: everything goes there
+    # the server is back: everything goes there, and what is handed on to the report is where the run now stands
     session, third = go(probe())
     assert third[0].how == "reused"
     assert list(session.spool) == []
+    assert third[0].run.damage() == ""
     assert {r.record.status for r in tracker_for(tracking_uri("", own_state), own_state).load("test")[1]} >= {"finished"}
+
+
+def test_an_experiment_made_without_its_server_is_whole_after_sync(go, own_state):
+    from harness.tracking import sync
+
+    session, outcomes = go(probe(), probe("fail"), uri="http://127.0.0.1:9")
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    assert sync(tracker, session) == 2
+    assert list((own_state / "spool").iterdir()) == []
+    manifest, runs = tracker.load("test")
+    assert [r.record.run_id for r in runs] == [o.run.record.run_id for o in outcomes]
+    assert manifest["command"] == "cmd"
+    stored = tracker.client.get_run(manifest["runs"][0]["mlflow_run"])
+    assert tracker.client.get_run(stored.data.tags["mlflow.parentRunId"]).info.status == "FAILED"
+
+
+def test_runs_without_their_experiment_can_be_reported(go, own_state):
+    """Killed while the server was away: the runs are there, the list of them is not."""
+    from harness.tracking import sync
+
+    session, outcomes = go(probe(), uri="http://127.0.0.1:9")
+    for path in (own_state / "spool").glob("*/*.json"):
+        path.unlink()
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    sync(tracker, session)
+    manifest, runs = tracker.load("test")
+    assert manifest["interrupted"]
+    assert [r.record.run_id for r in runs] == [outcomes[0].run.record.run_id]
+
+
+def test_the_spool_of_a_process_that_lives_is_left_alone(go, own_state):
+    """A folder whose owner holds its lock is not read; once the owner is gone it is taken over."""
+    import fcntl
+    import shutil
+
+    session, outcomes = go(probe(), uri="http://127.0.0.1:9")
+    theirs = own_state / "spool" / "theirs"
+    (theirs / ".writing-x").mkdir(parents=True)
+    shutil.copytree(outcomes[0].run.folder, theirs / "run")
+    with (own_state / "spool" / "theirs.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert len(list(session.spool)) == 1
+    assert len(list(session.spool)) == 2
+    assert not (theirs / ".writing-x").exists()
+
+
+def test_a_record_that_cannot_be_read_is_computed_again(go, own_state):
+    session, outcomes = go(probe(), uri="http://127.0.0.1:9")
+    (outcomes[0].run.folder / "record.json").write_text("{}")
+    session, again = go(probe(), uri="http://127.0.0.1:9")
+    assert again[0].how == "computed"
+    assert any("not a record" in w for w in session.warnings)
+    _, stored = go(probe("other"))
+    (stored[0].run.folder / "record.json").write_text("{}")
+    session, again = go(probe("other"))
+    assert again[0].how == "computed"
+    assert any("it is computed again" in w for w in session.warnings)
 
 
 def test_a_plain_folder_is_no_tracking_store(go):
