@@ -110,6 +110,11 @@ def _widest(fields: list[Field]) -> Field | None:
 
 def _function_field(node: Node, inputs: list[Field]) -> Field | None:
     target: Any = node.target
+    if target is operator.getitem:  # a choice among pictures and channels moves nothing; another would
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return inputs[0] if len(index) <= 2 else None
+    if target is torch.unsqueeze:
+        return inputs[0]
     by_name = getattr(target, "__name__", "") == "stochastic_depth"  # torchvision's, known to fx as a function
     if by_name or target in _SAME_FUNCTIONS or (target in _SAME_METHODS and len(inputs) == 1):
         return inputs[0]
@@ -134,12 +139,15 @@ def receptive_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | 
     modules = dict(module.named_modules())
     fields: dict[Node, Field | None] = {}
     found: dict[str, list[Field | None]] = {}
+    constant: set[Node] = set()  # parameters, sizes and what is made of them alone: they see nothing of the picture
     for node in graph.graph.nodes:
         value: Field | None = None
         if node.op == "placeholder":
             value = Field()
+        elif node.op == "get_attr" or node.target is getattr or (node.op != "output" and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
         else:
-            known = [fields.get(n) for n in node.all_input_nodes if n.op != "get_attr"]  # parameters see nothing
+            known = [fields.get(n) for n in node.all_input_nodes if n not in constant]
             inputs = [f for f in known if f is not None]
             if inputs and len(inputs) == len(known):
                 if node.op == "call_module":

@@ -6,6 +6,7 @@ artifacts as files. A server that does not answer costs seconds and one warning:
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import socket
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -72,13 +73,12 @@ class Tracker:
         for name in ("alembic", "mlflow"):  # after the import, which sets them
             logging.getLogger(name).setLevel(logging.WARNING)
 
-        with self._errors():
+        with self._errors(), _alone(Path(uri.removeprefix("sqlite:///"))) if local else nullcontext():
             self.client = MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)  # makes the schema of a new database
-        if local:
-            with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")  # a write costs half as much
-            connection.close()
+            if local:
+                with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=30)) as connection:
+                    connection.execute("PRAGMA journal_mode=WAL")  # a write costs half as much, and readers do not wait
         self._experiments: dict[str, str] = {}
         self._parents: dict[str, str] = {}
         self._searched: set[str] | None = None
@@ -334,6 +334,14 @@ def _probe(uri: str) -> None:
         raise TrackingError(
             f"tracking server {uri} does not answer ({error}); results stay in the spool: send them later with `harness sync`"
         ) from None
+
+
+@contextmanager
+def _alone(database: Path) -> Iterator[None]:
+    """Two processes that make the schema of one new database at once would both fail."""
+    with database.with_name(f"{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @cache

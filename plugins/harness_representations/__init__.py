@@ -1,16 +1,20 @@
-"""What a model's answers and its last layer know of a dataset."""
+"""What a model's answers, its last layer and its activations know of a dataset."""
 
 from __future__ import annotations
 
 from harness import Technique, hookimpl
 
+from .activation_maps import ActivationMaps
+from .channel_probe import ChannelProbe
 from .features import Features
+from .max_patches import MaxPatches
 from .nearest_neighbors import NearestNeighbors
 from .predictions import Predictions
+from .receptive_field import ReceptiveField
 
-__all__ = ["Features", "NearestNeighbors", "Predictions"]
+__all__ = ["ActivationMaps", "ChannelProbe", "Features", "MaxPatches", "NearestNeighbors", "Predictions", "ReceptiveField"]
 
 
 @hookimpl
 def harness_techniques() -> list[type[Technique]]:
-    return [Features, NearestNeighbors, Predictions]
+    return [ActivationMaps, ChannelProbe, Features, MaxPatches, NearestNeighbors, Predictions, ReceptiveField]

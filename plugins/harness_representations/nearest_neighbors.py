@@ -8,6 +8,7 @@ from harness import Arrays, ConfigError, Images, Metric, Paper, Param, Result, T
 from harness.artifacts import Artifact
 from harness.datasets import Dataset, evenly
 
+from .max_patches import picture_names
 from .search import Engine, nearest, vote
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class NearestNeighbors(Technique):
         self, ctx: Context, dataset: Dataset, space: str, rows: np.ndarray, shown: list[int], found: tuple[np.ndarray, np.ndarray]
     ) -> Images:
         tiles, captions = [], []
-        names = [dataset.classes[label] for label in dataset.labels] if dataset.labels is not None else list(dataset.ids)
+        names = picture_names(ctx)
         for query in shown:
             for rank, i in enumerate([int(rows[query]), *found[0][query].tolist()]):
                 tiles.append(dataset.pictures(ctx.model.input, i, i + 1)[0])

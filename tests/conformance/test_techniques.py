@@ -39,6 +39,8 @@ def test_one_picture_alone_gets_what_it_gets_in_a_batch(name, digits_cnn):
     together = run_once(technique, digits_cnn, small_dataset(4))
     alone = run_once(technique, digits_cnn, small_dataset(4).select(indices=[2]))
     for a, b in zip(together.artifacts, alone.artifacts, strict=True):
+        if not (isinstance(a, Heatmaps) and a.over):
+            continue  # belongs to all pictures together
         torch.testing.assert_close(torch.tensor(a.data[2]), torch.tensor(b.data[0]), rtol=1e-4, atol=1e-5)
 
 

@@ -156,7 +156,7 @@ def scarce(monkeypatch, model, most):
     monkeypatch.setattr(type(model), "__call__", call)
 
 
-@pytest.mark.parametrize("name", ["features", "predictions", "saliency", "class_visualization", "nearest_neighbors"])
+@pytest.mark.parametrize("name", ["features", "predictions", "saliency", "class_visualization", "nearest_neighbors", "max_patches"])
 def test_running_out_of_memory_halves_the_batch(name, digits_cnn, monkeypatch):
     from harness.plugins import load_plugins
     from harness.testing import run_once, same, small_dataset
