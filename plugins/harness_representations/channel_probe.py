@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness import Arrays, ConfigError, Matrix, Metric, Paper, Param, Result, Table, Technique
+from harness import Arrays, ConfigError, Matrix, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class ChannelProbe(Technique):
     paper = Paper(
         "Yosinski, Clune, Nguyen, Fuchs, Lipson", 2015, "Understanding Neural Networks Through Deep Visualization", arxiv="1506.06579"
     )
-    needs = frozenset({"dataset", "labels"})
+    needs = frozenset({"dataset"})
     reading = (
         "AUC is the chance that a picture of the class excites the channel more than a picture of another class: 0.5 is chance, 1 "
         "a perfect detector. The matrix shows, for each class's best channel, how it answers to every class: a detector's row has "
@@ -45,7 +45,8 @@ class ChannelProbe(Technique):
 
     def run(self, ctx: Context) -> Result:
         dataset, model = ctx.dataset, ctx.model
-        assert dataset.labels is not None
+        if dataset.labels is None:
+            raise NotApplicable("needs a labelled dataset")
         layer = self.layer or model.last_maps
         parts = [high for _, high in ctx.stream(lambda images: channel_maximum(model.activations(images, [layer])[layer]))]
         scores = np.concatenate([high.float().cpu().numpy() for high in parts])  # (N, C)

@@ -1,9 +1,11 @@
-"""Curves and scatter plots as SVG, the same bytes each time."""
+"""Curves as SVG, scatter plots and matrices as pixels; the same each time."""
 
 from __future__ import annotations
 
 import io
 from typing import Any
+
+import numpy as np
 
 from harness.artifacts import Curve, Matrix, Scatter
 
@@ -21,10 +23,13 @@ _STYLE = {
 
 
 STAMP = 26  # points: the longer side of a picture at a scatter's point
+COLOURS = 20
+DPI = 170
 LABELS = 70  # a matrix with more rows or columns is drawn without their names
 
 
-def _figure(draw: Any, width: float = 6.0, height: float = 2.8) -> bytes:
+def _vector(draw: Any, width: float = 6.0, height: float = 2.8) -> bytes:
+    """The figure as SVG."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -36,6 +41,20 @@ def _figure(draw: Any, width: float = 6.0, height: float = 2.8) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def _pixels(draw: Any, width: float, height: float) -> np.ndarray:
+    """The figure as pixels (H, W, 3): what holds pictures or thousands of marks, which no SVG reader draws alike or fast."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=DPI)
+        canvas = FigureCanvasAgg(figure)
+        draw(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def curve(artifact: Curve) -> bytes:
@@ -52,10 +71,11 @@ def curve(artifact: Curve) -> bytes:
         if 1 < len(artifact.lines) <= 12:
             axes.legend(frameon=False, fontsize=8)
 
-    return _figure(draw)
+    return _vector(draw)
 
 
-def scatter(artifact: Scatter) -> bytes:
+def scatter(artifact: Scatter) -> np.ndarray:
+    """Points coloured by group; more groups than colours are drawn alike, since repeated colours would say they belong together."""
     many = len(artifact.points) > 1500
 
     def draw(figure: Any) -> None:
@@ -63,17 +83,17 @@ def scatter(artifact: Scatter) -> bytes:
         from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
         axes = figure.add_subplot()
-        names = artifact.groups or ("",)
+        few = 1 < len(artifact.groups) <= COLOURS
+        names = artifact.groups if few else ("",)
         count = 10 if len(names) <= 10 else 20
         colours = matplotlib.colormaps[f"tab{count}"](range(count))
         for i, name in enumerate(names):
-            points = artifact.points[artifact.group == i]
-            # Thousands of vector points make a page slow: they are drawn as one picture.
+            points = artifact.points[artifact.group == i] if few else artifact.points
             axes.scatter(
                 points[:, 0],
                 points[:, 1],
                 s=4 if many else 10,
-                color=[colours[i % len(colours)]],
+                color=[colours[i]],
                 label=name,
                 linewidths=0,
                 rasterized=many,
@@ -82,7 +102,7 @@ def scatter(artifact: Scatter) -> bytes:
         axes.set_aspect("equal", "datalim")
         stamps = [] if artifact.pictures is None else list(zip(artifact.pictures, artifact.pictured.tolist(), strict=True))
         for image, place in stamps:
-            colour = colours[int(artifact.group[place]) % len(colours)] if len(names) > 1 else "#57606a"
+            colour = colours[int(artifact.group[place])] if few else "#57606a"
             box = OffsetImage(
                 image.transpose(1, 2, 0).squeeze(), cmap="gray", zoom=STAMP / max(image.shape[1:]), interpolation="nearest", norm=_unit()
             )
@@ -91,11 +111,11 @@ def scatter(artifact: Scatter) -> bytes:
                     box, artifact.points[place], pad=0.06, bboxprops={"edgecolor": colour, "linewidth": 1.0, "boxstyle": "square"}
                 )
             )
-        if 1 < len(names) <= 20:
+        if few:
             axes.legend(frameon=False, fontsize=7, markerscale=1.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     side = 6.0 if artifact.pictures is not None else 4.4
-    return _figure(draw, side + 0.6, side)
+    return _pixels(draw, side + 0.6, side)
 
 
 def _unit() -> Any:
@@ -104,11 +124,12 @@ def _unit() -> Any:
     return Normalize(0, 1)
 
 
-def matrix(artifact: Matrix) -> bytes:
+def matrix(artifact: Matrix) -> np.ndarray:
     """Values as colours with a bar, row and column names where they can be read, the tree of the rows at their left."""
     rows, columns = artifact.values.shape
     named = max(rows, columns) <= LABELS
-    cell = 0.2 if max(rows, columns) <= 25 else 0.13
+    few = max(rows, columns) <= 25
+    cell, text = (0.22, 8) if few else (0.13, 6)
     tree = artifact.tree is not None and rows > 2
     width = min(9.0, max(3.0, cell * columns) + (1.2 if tree else 0) + 2.2)
     height = min(9.0, max(2.0, cell * rows) + (1.0 if named else 0.3))
@@ -123,14 +144,14 @@ def matrix(artifact: Matrix) -> bytes:
             artifact.values, aspect="auto", cmap="RdBu_r" if artifact.signed else "viridis", vmin=low, vmax=high, interpolation="nearest"
         )
         axes.grid(visible=False)
-        axes.set_xticks(range(columns) if named else [], [_short(c) for c in artifact.columns] if named else [], rotation=90, fontsize=6)
-        axes.set_yticks(range(rows) if named else [], [_short(r) for r in artifact.rows] if named else [], fontsize=6)
+        axes.set_xticks(range(columns) if named else [], [_short(c) for c in artifact.columns] if named else [], rotation=90, fontsize=text)
+        axes.set_yticks(range(rows) if named else [], [_short(r) for r in artifact.rows] if named else [], fontsize=text)
         axes.yaxis.tick_right()
         figure.colorbar(shown, ax=axes, label=artifact.unit, fraction=0.04, pad=0.02, location="bottom", shrink=0.6)
         if tree:
             _tree(figure.add_subplot(grid[0, 0], sharey=axes), artifact.tree, rows)
 
-    return _figure(draw, width, height)
+    return _pixels(draw, width, height)
 
 
 def _tree(axes: Any, tree: Any, rows: int) -> None:

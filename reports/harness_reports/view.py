@@ -326,8 +326,8 @@ def _panel(record: Record, artifact: Artifact, inputs: Artifact | None, assets: 
         Images: lambda: _images(record, artifact, assets),  # type: ignore[arg-type]
         Heatmaps: lambda: _heatmaps(record, artifact, inputs, assets),  # type: ignore[arg-type]
         Curve: lambda: Panel(record.model.name, chart=assets.svg(charts.curve(artifact))),  # type: ignore[arg-type]
-        Scatter: lambda: Panel(record.model.name, chart=assets.svg(charts.scatter(artifact))),  # type: ignore[arg-type]
-        Matrix: lambda: Panel(record.model.name, chart=assets.svg(charts.matrix(artifact))),  # type: ignore[arg-type]
+        Scatter: lambda: Panel(record.model.name, chart=assets.image(charts.scatter(artifact), True)),  # type: ignore[arg-type]
+        Matrix: lambda: Panel(record.model.name, chart=assets.image(charts.matrix(artifact), True)),  # type: ignore[arg-type]
         Table: lambda: _table(record, artifact),  # type: ignore[arg-type]
     }
     return None if isinstance(artifact, Arrays) else draw[type(artifact)]()

@@ -14,7 +14,10 @@ from harness.testing import check_technique, run_once, small_dataset
 
 TECHNIQUES = load_plugins().techniques
 # Parameters that make a run on 8 x 8 pictures possible or short; anything missing here runs with its defaults.
-SMALL = {"class_visualization": {"steps": 4, "classes": [3, 5]}}
+SMALL = {
+    "class_visualization": {"steps": 4, "classes": [3, 5]},
+    "tsne_map": {"iterations": 250, "seeds": 1, "perplexity": [3]},
+}
 ROOT = Path(__file__).parents[2]
 
 
