@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -134,6 +135,104 @@ def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     return [("class_visualization / raw forward and backward", t["ours"] / t["raw"], "")]
 
 
+def made_pictures(folder: Path, count: int) -> str:
+    """A folder of photographs: crops of scikit-image's, as JPEG of 320 x 256."""
+    from PIL import Image
+    from skimage import data
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [Image.fromarray(getattr(data, name)()) for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    for i in range(count):
+        source = sources[i % len(sources)].resize((512, 384))
+        left, top = (37 * i) % (512 - 320), (53 * i) % (384 - 256)
+        source.crop((left, top, left + 320, top + 256)).save(folder / f"{i:05d}.jpg", quality=90)
+    return str(folder)
+
+
+def streaming(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
+    """Whole-dataset techniques, opening the pictures included, against forward passes over pictures that are open already."""
+    from harness.datasets import load_dataset
+
+    batch, count = 32, 128
+    with tempfile.TemporaryDirectory() as folder:
+        data = load_dataset(made_pictures(Path(folder) / "set", count), load_registry())
+        opened = torch.from_numpy(data.pictures(model.input)).permute(0, 3, 1, 2).float().div_(255)
+
+        def raw() -> None:
+            with torch.no_grad():
+                for start in range(0, count, batch):
+                    model(opened[start : start + batch])
+
+        def ours(name: str, **params: object) -> Work:
+            technique = load_plugins().technique(name).build(params)
+            return lambda: technique.run(Context(model, ids=data.ids, dataset=data, technique=name, max_batch=batch))
+
+        contenders = {
+            "raw": raw,
+            "features": ours("features"),
+            "max_patches": ours("max_patches", count=0),
+            "maps": ours("activation_maps"),
+        }
+        t = turns(contenders, rounds)
+    return [
+        ("features of 128 JPEGs / raw forward passes", t["features"] / t["raw"], "<= 1.10"),
+        ("max_patches of 128 JPEGs / raw forward passes", t["max_patches"] / t["raw"], "<= 1.30"),
+        ("activation_maps, all layers counted / raw forward passes", t["maps"] / t["raw"], ""),
+    ]
+
+
+def neighbours(rounds: int) -> list[tuple[str, float, str]]:
+    """Exact search of 1,000 queries among 50,000 x 512 against scikit-learn's brute force."""
+    import numpy as np
+    from sklearn.neighbors import NearestNeighbors
+
+    from harness_representations.search import nearest
+
+    database = np.maximum(np.random.default_rng(0).standard_normal((50_000, 512)), 0).astype(np.float32)
+    queries, rows = database[:1000], np.arange(1000)
+    peer = NearestNeighbors(n_neighbors=6, algorithm="brute").fit(database)
+    contenders: dict[str, Work] = {
+        "peer": lambda: peer.kneighbors(queries),
+        "blocks": lambda: nearest(queries, database, 5, rows, engine="blocks"),
+    }
+    if find_spec("faiss"):
+        contenders["faiss"] = lambda: nearest(queries, database, 5, rows, engine="faiss")
+    t = turns(contenders, min(rounds, 5))
+    return [(f"nearest neighbours, 50,000 x 512, {who} / scikit-learn", t[who] / t["peer"], "<= 1") for who in t if who != "peer"]
+
+
+_PEAK = """
+import resource, sys, torch
+from harness.context import Context
+from harness.datasets import load_dataset
+from harness.models import load_model
+from harness.plugins import load_plugins
+from harness.registry import load_registry
+registry = load_registry()
+model, data = load_model("squeezenet1_1", registry), load_dataset(sys.argv[1], registry)
+many = data.select(indices=[i % len(data) for i in range(int(sys.argv[2]))])
+technique = load_plugins().technique(sys.argv[3]).build({})
+technique.run(Context(model, ids=many.ids, dataset=many, technique=sys.argv[3], max_batch=32))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def memory() -> list[tuple[str, float, str]]:
+    """Peak memory of techniques that stream a dataset, for 5,000 pictures against 500."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = made_pictures(Path(folder) / "set", 50)
+        for name in ("max_patches", "activation_maps"):
+            few, many = (
+                int(
+                    subprocess.run([sys.executable, "-c", _PEAK, pictures, str(n), name], check=True, capture_output=True, text=True).stdout
+                )
+                for n in (500, 5000)
+            )
+            rows.append((f"peak memory of {name}, 5,000 pictures / 500", many / few, "about 1"))
+    return rows
+
+
 def command_line() -> list[tuple[str, float, str]]:
     """Seconds of whole commands, against an interpreter that imports torch."""
 
@@ -180,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="*", default=["squeezenet1_1", "resnet18@random"])
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of streaming techniques; takes minutes")
     options = parser.parse_args()
     registry = load_registry()
     rows: list[tuple[str, str, float, str]] = []
@@ -187,7 +287,10 @@ def main() -> None:
         model = load_model(name, registry)
         for measure in (saliency, occlusion, ascent):
             rows += [(name, *row) for row in measure(model, options.rounds)]
-    rows += [("", *row) for row in command_line() + tracking()]
+        rows += [(name, *row) for row in streaming(model, min(options.rounds, 5))]
+    rows += [("", *row) for row in neighbours(options.rounds) + command_line() + tracking()]
+    if options.memory:
+        rows += [("", *row) for row in memory()]
     width = max(len(f"{r[0]} {r[1]}") for r in rows)
     print(f"{'measured':{width}}  ratio  wanted")
     for model_name, what, value, wanted in rows:

@@ -18,6 +18,18 @@ class DigitsLinear(nn.Module):
         return self.linear(self.flatten(x))
 
 
+class LinearClassifier(nn.Module):
+    """s = Wx + b over all pixels: one template of (channels, size, size) a class."""
+
+    def __init__(self, channels: int = 3, size: int = 32, classes: int = 10) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(channels * size * size, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, channels, size, size) -> (N, classes)
+        return self.linear(self.flatten(x))
+
+
 class DigitsCNN(nn.Module):
     """Three convolutions, one pooling, two linear layers."""
 

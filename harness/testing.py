@@ -173,6 +173,8 @@ def check_technique(cls: type[Technique], model_name: str = "digits_cnn", params
             again = run_once(technique, model, dataset)
         larger = run_once(technique, model, dataset, max_batch=32)
     except NotApplicable as reason:
+        if model_name == "digits_cnn":  # it may want a linear one
+            return check_technique(cls, "digits_linear", params)
         return [*problems, f"it cannot be checked on {model_name}: {reason}"]
     except HarnessError as error:
         return [*problems, f"it fails on {model_name} with digits: {error}"]

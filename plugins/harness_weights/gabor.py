@@ -52,11 +52,16 @@ def gabor_fit(pattern: np.ndarray) -> float:
     return 1 - (1 - r2) * (values - 1) / (values - parameters - 1)
 
 
-def coherence(pattern: np.ndarray) -> float:
-    """How much one direction prevails in a pattern's spectrum: 0 none, 1 all energy along one line; any size."""
-    size = 4 * pattern.shape[0] + 1  # odd: the frequencies are symmetric about zero
-    spectrum = np.abs(np.fft.fft2(pattern.astype(np.float64), s=(size, size))) ** 2
+def coherence(patterns: np.ndarray) -> np.ndarray:
+    """(..., k, k) -> (...,): how much one direction prevails in a pattern's spectrum: 0 none, 1 all energy along one line."""
+    size = 4 * max(patterns.shape[-2:]) + 1  # odd: the frequencies are symmetric about zero
     f = np.fft.fftfreq(size)
-    fy, fx = np.meshgrid(f, f, indexing="ij")
-    xx, yy, xy = (float((spectrum * m).sum()) for m in (fx * fx, fy * fy, fx * fy))
-    return float(np.hypot(xx - yy, 2 * xy) / (xx + yy)) if xx + yy > 0 else 0.0
+    flat = patterns.reshape(-1, *patterns.shape[-2:])
+    found = np.zeros(len(flat))
+    for start in range(0, len(flat), 256):
+        spectrum = np.abs(np.fft.fft2(flat[start : start + 256].astype(np.float64), s=(size, size))) ** 2
+        across, down = spectrum.sum(1) @ f**2, spectrum.sum(2) @ f**2
+        mixed = np.einsum("nyx,y,x->n", spectrum, f, f)
+        total = across + down
+        found[start : start + 256] = np.hypot(across - down, 2 * mixed) / np.where(total > 0, total, 1)
+    return found.reshape(patterns.shape[:-2])

@@ -196,6 +196,29 @@ def test_a_damaged_run_is_a_failure_and_shifts_nothing(report, plugins, tmp_path
     assert plugins.get("renderers", "json").render(ReportInput("t", "n", runs), tmp_path / "out").exists()
 
 
+def test_many_models_stand_below_one_another(plugins, tmp_path):
+    """Six columns of models would not fit a page: each model is a row, its values under the metrics' names."""
+    import re
+
+    spool = Spool(tmp_path / "more")
+    runs = [
+        spool.write(
+            record(
+                run_id=f"{i}" * 32, model=ModelFacts(name=f"net{i}", builder="b", weights="w"),
+                metrics=[MetricValue(name="m", value=i + 0.25, about="what"), MetricValue(name="n", value=2 * i + 0.5, better="higher")],
+            ),
+            [],
+        )
+        for i in range(6)
+    ]  # fmt: skip
+    text = plugins.get("renderers", "html").render(ReportInput("t", "n", runs), tmp_path / "out").read_text()
+    table = text[text.index('<table class="data metrics">') :]
+    assert re.findall(r'<th scope="col">(\w+)</th>', table)[:3] == ["model", "m", "n"]
+    assert re.findall(r'<th scope="row">(\w+)</th><td>([\d.]+)</td>', table)[:6] == [(f"net{i}", f"{i + 0.25:.3g}") for i in range(6)]
+    assert '<td class="best">10.5</td>' in table
+    assert table.count('class="best"') == 1
+
+
 def test_an_artifact_that_cannot_be_drawn_costs_only_itself(report, plugins, tmp_path, monkeypatch):
     from harness_reports import charts
 

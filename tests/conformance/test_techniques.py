@@ -18,11 +18,13 @@ SMALL = {
     "class_visualization": {"steps": 4, "classes": [3, 5]},
     "tsne_map": {"iterations": 250, "seeds": 1, "perplexity": [3]},
 }
+MODELS = {"linear_templates": ["digits_linear"]}
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
-@pytest.mark.parametrize("model", ["digits_cnn", "digits_resnet"])
+@pytest.mark.parametrize(
+    ("name", "model"), [(name, model) for name in TECHNIQUES for model in MODELS.get(name, ["digits_cnn", "digits_resnet"])]
+)
 def test_keeps_the_rules(name, model):
     assert check_technique(TECHNIQUES[name], model, SMALL.get(name)) == []
 

@@ -62,17 +62,27 @@ def test_response_of_the_layer_to_its_own_filter_is_the_squared_norm(squeezenet)
         ("resnet18", (64, 3, 7, 7)),
         ("densenet121", (64, 3, 7, 7)),
         ("googlenet", (64, 3, 7, 7)),
-        ("vgg16", (64, 3, 3, 3)),
+        ("squeezenet1_0", (96, 3, 7, 7)),
+        ("mobilenet_v3_large", (16, 3, 3, 3)),
     ],
 )
-def test_shapes_of_torchvisions_first_layers(name, shape, registry):
-    from torchvision.models import get_model
+def test_first_layers_of_the_registrys_models(name, shape, registry, monkeypatch):
+    monkeypatch.setattr("harness_weights.first_layer_filters.FITS", 2)
+    result = result_of(load_model(f"{name}@random", registry))
+    artifacts = {a.name: a for a in result.artifacts}
+    assert artifacts["filters"].data.shape == shape
+    assert artifacts["weights"].data["weight"].shape == shape
+    assert len(artifacts["kinds"].rows) == shape[0]
 
-    more = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {"init_weights": False} if name == "vgg16" else {}
-    with torch.device("meta"):
-        module = get_model(name, weights=None, **more)
-    conv = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
-    assert tuple(conv.weight.shape) == shape
+
+def test_only_some_filters_are_fitted_and_said():
+    from harness_weights import first_layer_filters
+
+    weight = np.random.default_rng(0).normal(size=(3 * first_layer_filters.FITS // 2, 3, 5, 5))
+    result = result_of(model_with(weight))
+    fitted = [row[-1] for row in result.artifacts[1].rows if row[-1] is not None]
+    assert len(fitted) == first_layer_filters.FITS
+    assert next(m for m in result.metrics if m.name == "gabor_r2").detail == f"{len(fitted)} filters"
 
 
 def test_a_planted_set_is_counted_right():
@@ -105,6 +115,9 @@ def test_coherence_closed_forms():
     spot[3, 3] = 1
     assert coherence(spot) == pytest.approx(0, abs=1e-9)
     assert coherence(np.zeros((7, 7))) == 0
+    many = np.random.default_rng(0).normal(size=(3, 2, 5, 5))
+    assert coherence(many).shape == (3, 2)
+    assert coherence(many)[2, 1] == pytest.approx(float(coherence(many[2, 1])))
 
 
 def test_leading_component_recovers_a_rank_one_filter():
