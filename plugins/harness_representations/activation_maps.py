@@ -100,8 +100,10 @@ class ActivationMaps(Technique):
 
 def silence(_: str, output: Tensor) -> tuple[Tensor, Tensor, int]:
     """(values not above zero, each channel's maximum (C,), values in all) of an output (N, C, ...) or (N, positions, C)."""
+    import torch
+
     others = {4: (0, 2, 3), 3: (0, 1), 2: (0,)}[output.ndim]
-    return (output <= 0).sum(), output.amax(others), output.numel()
+    return torch.count_nonzero(output <= 0), output.amax(others), output.numel()
 
 
 def countable(model: LoadedModel) -> list[str]:

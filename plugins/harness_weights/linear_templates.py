@@ -29,7 +29,7 @@ class LinearTemplates(Technique):
         "One template must serve all pictures of a class: it is their mixture. Fine speckle is noise that a stronger penalty on "
         "the weights would remove."
     )
-    audit = {"quick": {}, "standard": {}}
+    audit = {"full": {}}
 
     shared_scale: bool = Param(True, description="draw all templates on one scale; else each on its own")
 

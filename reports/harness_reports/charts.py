@@ -96,7 +96,6 @@ def scatter(artifact: Scatter) -> np.ndarray:
                 color=[colours[i]],
                 label=name,
                 linewidths=0,
-                rasterized=many,
             )
         axes.set(xlabel=artifact.x_label, ylabel=artifact.y_label)
         axes.set_aspect("equal", "datalim")
@@ -108,7 +107,13 @@ def scatter(artifact: Scatter) -> np.ndarray:
             )
             axes.add_artist(
                 AnnotationBbox(
-                    box, artifact.points[place], pad=0.06, bboxprops={"edgecolor": colour, "linewidth": 1.0, "boxstyle": "square"}
+                    box,
+                    artifact.points[place],
+                    xybox=(0.7 * STAMP, 0.7 * STAMP),  # beside its point, which stays to be seen
+                    boxcoords="offset points",
+                    pad=0.06,
+                    bboxprops={"edgecolor": colour, "linewidth": 1.0, "boxstyle": "square"},
+                    arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6},
                 )
             )
         if few:
