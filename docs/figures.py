@@ -16,8 +16,25 @@ from harness_representations import ImageGrid, MaxPatches, TsneMap
 from harness_weights import LinearTemplates
 
 HERE = Path(__file__).parent / "images"
-PHOTOS = ["astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png", "gravel.png", "grass.png",
-          "motorcycle_left.png", "page.png", "rocket.jpg", "text.png", "horse.png", "moon.png", "hubble_deep_field.jpg", "ihc.png"]  # fmt: skip
+PHOTOS = [
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "clock_motion.png",
+    "coffee.png",
+    "coins.png",
+    "gravel.png",
+    "grass.png",
+    "motorcycle_left.png",
+    "page.png",
+    "rocket.jpg",
+    "text.png",
+    "horse.png",
+    "moon.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+]
 CHANNELS = (20, 259, 311, 208)  # of features.9: print, faces, eyes, dark things before a bright sky
 
 
