@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Two test processes share two cores; libraries read this when they are loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import shutil
 from pathlib import Path
 
@@ -13,7 +18,6 @@ from harness.models import LoadedModel, load_model
 from harness.plugins import Plugins, load_plugins
 from harness.registry import InputSpec, Registry, load_registry
 
-# Two test processes share two cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

@@ -125,12 +125,13 @@ def embed(
         ).fit(points)  # fmt: skip
         return np.asarray(found, np.float64), float(found.kl_divergence)
     from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_info, threadpool_limits
 
     tsne = TSNE(
         perplexity=perplexity, init="random" if noise else "pca", learning_rate="auto", max_iter=iterations, random_state=seed, n_jobs=-1
     )
     # Threads' partial sums are added in the order they arrive: with two the sum is the same, with more it is not.
-    with threadpool_limits(2, "openmp"):
+    allowed = min([2, *(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp")])
+    with threadpool_limits(allowed, "openmp"):
         found = tsne.fit_transform(points.astype(np.float32))
     return found.astype(np.float64), float(tsne.kl_divergence_)

@@ -304,8 +304,8 @@ datasets: [digits_test]
 techniques:
   - saliency
   - occlusion: {window: 3, stride: 1}
-  - class_visualization: {steps: {sweep: [20, 300, 21]}}
-limit: 40
+  - class_visualization: {steps: {sweep: [20, 150, 21]}}
+limit: 12
 """
 
 

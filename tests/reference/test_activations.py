@@ -191,7 +191,7 @@ def test_one_class_and_single_pictures(digits_cnn, registry):
     result = run_once(ChannelProbe(), digits_cnn, small_dataset(10))
     assert "10 of 10 classes have a single picture" in result.notes[0]
     assert [m.name for m in result.metrics] == ["channels"]
-    with pytest.raises(NotApplicable, match="labels"):
+    with pytest.raises(NotApplicable, match="labelled dataset"):
         run_once(ChannelProbe(), digits_cnn, replace(small_dataset(), labels=None, classes=()))
 
 
