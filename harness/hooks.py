@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 ANSWER = ""  # stands for what the whole model gives among layer names
@@ -119,3 +121,65 @@ def trace_calls(forward: Callable[[Tensor], Any], modules: Mapping[str, nn.Modul
     with _attached(handles), torch.no_grad():
         forward(images)
     return order
+
+
+# -- other rules for the backward pass through ReLU ---------------------------------------------------------------------
+
+Rule = Literal["guided", "deconvnet"]
+
+
+class _Rectify(torch.autograd.Function):
+    """ReLU whose backward pass follows a rule: 'guided' g * (g > 0) * (x > 0), 'deconvnet' g * (g > 0)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rule: Rule, inplace: bool) -> Tensor:
+        ctx.rule = rule
+        if rule == "guided":
+            ctx.save_for_backward(x > 0)
+        if inplace:
+            ctx.mark_dirty(x)
+            return x.clamp_(min=0)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        kept = gradient.clamp(min=0)
+        if ctx.rule == "guided":
+            kept = kept * ctx.saved_tensors[0]
+        return kept, None, None
+
+
+_RELU = {F.relu: False, torch.relu: False, Tensor.relu: False, F.relu_: True, torch.relu_: True, Tensor.relu_: True}
+# Nonlinearities that a rule for ReLU does not speak of.
+_OTHERS = {
+    getattr(F, n) for n in (
+        "gelu", "silu", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu", "celu", "selu", "softplus", "relu6", "hardtanh", "prelu",
+        "sigmoid", "tanh", "logsigmoid", "softsign", "glu", "threshold", "scaled_dot_product_attention", "multi_head_attention_forward",
+    )
+} | {torch.sigmoid, torch.tanh, Tensor.sigmoid, Tensor.tanh, Tensor.sigmoid_, Tensor.tanh_}  # fmt: skip
+
+
+class relu_backward(TorchFunctionMode):  # used as a with-statement's verb
+    """While it holds, every ReLU passes gradients back by `rule`, be it a module, a function or a tensor's method, in place
+    or not; the model itself is not touched.
+
+    `others` names nonlinearities met on the way that are no ReLU, `count` how many ReLUs there were.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.count = 0
+        self.others: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _RELU:
+            x = args[0] if args else kwargs["input"]
+            inplace = _RELU[func] or bool(kwargs.get("inplace", args[1] if len(args) > 1 else False))
+            self.count += 1
+            return _Rectify.apply(x, self.rule, inplace)
+        if func in _OTHERS:
+            self.others.add(func.__name__.rstrip("_"))
+        return func(*args, **kwargs)

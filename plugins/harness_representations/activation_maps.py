@@ -73,7 +73,7 @@ class ActivationMaps(Technique):
         pixels = raw.transpose(0, 3, 1, 2).astype("float32") / 255
         columns = 16 if len(maps) > 32 else 8
         artifacts: list[Any] = [
-            Images("picture", pixels, captions=[name], exact=pixels.shape[-1] < 64),
+            Images("picture", pixels, captions=[name], columns=3, exact=pixels.shape[-1] < 64),
             Heatmaps(
                 "maps", maps, signed=signed, shared_scale=True, columns=columns, over=(), unit="activation",
                 caption=f"{layer}: {len(maps)} of {shape[0]} channels of {shape[1]} x {shape[2]}, row by row.",

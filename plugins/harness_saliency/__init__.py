@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from harness import Technique, hookimpl
 
+from .deconvnet import Deconvnet
+from .guided_backprop import GuidedBackprop
 from .occlusion import Occlusion
 from .saliency import Saliency
 
-__all__ = ["Occlusion", "Saliency"]
+__all__ = ["Deconvnet", "GuidedBackprop", "Occlusion", "Saliency"]
 
 
 @hookimpl
 def harness_techniques() -> list[type[Technique]]:
-    return [Occlusion, Saliency]
+    return [Deconvnet, GuidedBackprop, Occlusion, Saliency]

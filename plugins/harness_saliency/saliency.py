@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from harness import Context
 
+TARGET = "what is explained: predicted, labelled, a class, layer:NAME, channel:NAME:C, neuron:NAME:C,Y,X"
+
 
 class Saliency(Technique):
     """Gradient of the class score with respect to the pixels, M_ij = max_c |dS/dI_ijc| (Simonyan et al. 2013, arXiv:1312.6034, sec. 3.1).
@@ -32,9 +34,7 @@ class Saliency(Technique):
     )
     audit = {"quick": {}, "standard": {}}
 
-    target: TargetSpec = Param(
-        "predicted", description="what is explained: predicted, labelled, a class, layer:NAME, channel:NAME:C, neuron:NAME:C,Y,X"
-    )
+    target: TargetSpec = Param("predicted", description=TARGET)
     values: Literal["absolute", "signed"] = Param("absolute", description="absolute: strength of the reaction; signed: also its direction")
     channels: Literal["max", "sum"] = Param(
         "max", description="how the colour channels of a pixel join: max takes the strongest, sum adds them"

@@ -55,7 +55,7 @@ class Panel:
     """One artifact of one run."""
 
     model: str
-    tiles: Sequence[Sequence[Tile]] = ()  # rows
+    tiles: Sequence[Sequence[Tile | None]] = ()  # rows; None is an empty place
     chart: str = ""
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
@@ -333,7 +333,7 @@ def _panel(record: Record, artifact: Artifact, inputs: Artifact | None, assets: 
     return None if isinstance(artifact, Arrays) else draw[type(artifact)]()
 
 
-def _rows(tiles: list[Tile], columns: int) -> list[list[Tile]]:
+def _rows(tiles: Sequence[Tile | None], columns: int) -> list[Sequence[Tile | None]]:
     return [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
 
 
@@ -358,7 +358,9 @@ def _images(record: Record, artifact: Images, assets: Assets) -> Panel:
     ]
     if artifact.zoom:
         tiles_ = [replace(tile, zoom=True) for tile in tiles_]
-    return Panel(record.model.name, _rows(tiles_, artifact.columns or 4))
+    # Fewer pictures than columns keep their size: empty cells fill the row.
+    fill: list[Tile | None] = [None] * (artifact.columns - len(tiles_))
+    return Panel(record.model.name, _rows([*tiles_, *fill], artifact.columns or 4))
 
 
 def _tile(pixels: np.ndarray, caption: str, alt: str, exact: bool, assets: Assets, second: str = "") -> Tile:
