@@ -108,6 +108,32 @@ def activations(
     return {name: found[same.get(name, name)] for name in layers}
 
 
+def tap(forward: Callable[[Tensor], Any], module: nn.Module, call: int, images: Tensor) -> tuple[Any, Tensor]:
+    """(the pass's answer, the module's output at that call) with the answer differentiable in the output.
+
+    What follows gets a copy, so that an operation in place leaves the output as the layer gave it; what came before is
+    cut off, so that nothing is differentiated for it.
+    """
+    kept: list[Tensor] = []
+    seen = 0
+
+    def cut(_module: nn.Module, _args: Any, output: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen != call:
+            return None
+        if not isinstance(output, Tensor):
+            raise TypeError("the layer does not give a tensor")
+        kept.append(output.detach().requires_grad_())
+        return kept[0].clone()
+
+    with _attached([module.register_forward_hook(cut)]):
+        answer = forward(images)
+    if not kept:
+        raise ValueError("the forward pass never reached the layer")
+    return answer, kept[0]
+
+
 def trace_calls(forward: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], images: Tensor) -> list[tuple[str, tuple[int, ...]]]:
     """(module name, output shape) of every call in one forward pass, in the order the calls end."""
     order: list[tuple[str, tuple[int, ...]]] = []

@@ -108,6 +108,13 @@ class LoadedModel:
                 self.check_layer(name)
         return hooks.activations(self, self.modules, self.call_counts, layers, images, inputs, reduce)
 
+    def tap(self, images: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+        """(logits, a layer's output), the logits being differentiable in the output and in nothing before it."""
+        self.check_layer(layer)
+        base, call = hooks.split_call(layer)
+        with torch.enable_grad():
+            return hooks.tap(self, self.modules[base], call or self.call_counts[base], images)
+
     @cached_property
     def last_map(self) -> str:
         """The last layer with learnt weights: the one that gives the class scores."""

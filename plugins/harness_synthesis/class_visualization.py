@@ -32,6 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "yosinski_4": _yosinski(1000, 20.0, 0.5, 4, contribution_percentile=90.0),
 }
 PROGRESS = 5  # pictures in the progress strip
+FAINT = 0.2  # pictures whose pixels lie closer than this to the mean are shown stretched as well
 
 
 class ClassVisualization(Technique):
@@ -165,6 +166,20 @@ class ClassVisualization(Technique):
                 exact=side < 64,
             )
         ]
+        faint = (made.images - centre).abs().flatten(1).float().quantile(0.995, dim=1)
+        if bool((faint < FAINT).any()):
+            # As the toolbox of Yosinski et al. shows its pictures, which stay close to the mean.
+            scale = faint.clamp_min(1e-6).to(made.images.dtype).view(-1, 1, 1, 1)
+            artifacts.append(
+                Images(
+                    "stretched",
+                    (0.5 + (made.images - centre) / (2 * scale)).clamp(0, 1),
+                    captions=names,
+                    columns=4,
+                    exact=side < 64,
+                    caption="The same with their contrast stretched: grey is the training mean, each on its own scale.",
+                )
+            )
         if made.snapshots:
             shown = min(len(names), 4)
             strip = torch.cat([torch.stack([start[i], *(s[i] for _, s in made.snapshots)]) for i in range(shown)])

@@ -275,15 +275,28 @@ def test_classes_in_several_batches_get_what_they_get_in_one(digits_cnn):
     one, several = (technique.run(Context(digits_cnn, technique="class_visualization", max_batch=b)) for b in (32, 2))
     assert [a.name for a in one.artifacts] == [a.name for a in several.artifacts]
     np.testing.assert_allclose(one.artifacts[0].data, several.artifacts[0].data, atol=1e-5)
-    np.testing.assert_allclose(one.artifacts[1].data, several.artifacts[1].data, atol=1e-5)
-    for label, line in one.artifacts[2].lines.items():
-        np.testing.assert_allclose(several.artifacts[2].lines[label], line, rtol=1e-4)
+    first, second = ({a.name: a for a in result.artifacts} for result in (one, several))
+    np.testing.assert_allclose(first["progress"].data, second["progress"].data, atol=1e-5)
+    for label, line in first["objective"].lines.items():
+        np.testing.assert_allclose(second["objective"].lines[label], line, rtol=1e-4)
 
 
 def test_zero_steps_give_the_start():
     result = ClassVisualization(classes=(1, 2), steps=0, noise=0.0).run(Context(linear(), technique="class_visualization"))
     assert np.allclose(result.artifacts[0].data, 0.5)
-    assert [a.name for a in result.artifacts] == ["pictures", "classes"]
+    assert [a.name for a in result.artifacts] == ["pictures", "stretched", "classes"]
+
+
+def test_faint_pictures_are_shown_stretched():
+    model = linear()
+    arguments = {"classes": (1,), "step": "constant", "noise": 0.0, "jitter": 0, "blur": 0.0, "decay": 0.0, "low_frequencies": 0.0}
+    faint = ClassVisualization(steps=1, step_size=0.01, **arguments).run(Context(linear(), technique="class_visualization"))
+    pictures, stretched = faint.artifacts[:2]
+    assert stretched.name == "stretched"
+    assert np.corrcoef(pictures.data.ravel(), stretched.data.ravel())[0, 1] > 0.99
+    assert stretched.data.std() > 10 * pictures.data.std()
+    strong = ClassVisualization(steps=40, step_size=500.0, **arguments).run(Context(model, technique="class_visualization"))
+    assert "stretched" not in [a.name for a in strong.artifacts]
 
 
 def test_a_class_alone_gets_what_it_gets_in_company(digits_cnn):
