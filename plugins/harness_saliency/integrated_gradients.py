@@ -29,8 +29,8 @@ class IntegratedGradients(Technique):
     paper = Paper("Sundararajan, Taly, Yan", 2017, "Axiomatic Attribution for Deep Networks", arxiv="1703.01365")
     needs = frozenset({"images"})
     reading = (
-        "Red pixels raise the score above that of the baseline, blue ones lower it; all together make the difference. The "
-        "completeness error says how far the sum is off: a few percent is fine, more asks for more steps."
+        "Bright pixels carry much of the difference between the picture's score and the baseline's (with values signed: red for, "
+        "blue against). The completeness error says how far their sum is off: a few percent is fine, more asks for more steps."
     )
     caveats = (
         "Everything is relative to the baseline: with a black one, black parts of an object count nothing. Pixels may matter "
@@ -44,7 +44,7 @@ class IntegratedGradients(Technique):
         "midpoint", description="where the points lie and what each weighs; Gauss-Legendre is the better for smooth networks, not for ReLU"
     )
     baseline: Baseline = Param("black", description="where the way begins; mean is the training mean, blur the picture without detail")
-    values: Literal["signed", "absolute"] = Param("signed", description="signed: for and against; absolute: strength")
+    values: Literal["absolute", "signed"] = Param("absolute", description="absolute: strength; signed: for and against")
 
     def run(self, ctx: Context) -> Result:
         x = ctx.images

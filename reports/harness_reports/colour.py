@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-# Unsigned maps run to this percentile: one bright pixel would otherwise leave the rest black. The legend says so.
+# Maps run to this percentile of their size: one bright pixel would otherwise leave the rest unseen. The legend says so.
 CLIP_PERCENTILE = 99.5
 
 
@@ -26,10 +26,9 @@ def picture(image: np.ndarray) -> np.ndarray:
 
 def limit(values: np.ndarray, signed: bool) -> float:
     """The value drawn at the end of the scale; 0 for a map that is zero everywhere."""
-    if signed:
-        return float(np.abs(values).max())
-    top = float(np.percentile(values, CLIP_PERCENTILE))
-    return top if top > 0 else float(values.max())
+    size = np.abs(values) if signed else values
+    top = float(np.percentile(size, CLIP_PERCENTILE))
+    return top if top > 0 else float(size.max())
 
 
 def heat(values: np.ndarray, end: float) -> np.ndarray:

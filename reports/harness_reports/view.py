@@ -21,6 +21,7 @@ from . import charts, colour
 TABLE_ROWS = 25  # longer tables are cut; report.json holds all rows
 SMALL = 64  # pictures with a shorter side below this are enlarged pixel by pixel
 INPUTS = "inputs"
+OWN_SCALE = f"each map on its own scale, to the {colour.CLIP_PERCENTILE:g}th percentile of its size"
 
 
 class Assets(Protocol):
@@ -394,7 +395,7 @@ def _heatmaps(record: Record, artifact: Heatmaps, inputs: Artifact | None, asset
         else:
             shown = colour.enlarge(under, 96) if min(under.shape[:2]) < SMALL else under
             tiles.append(_tile(shown, caption, alt, small, assets, second))
-    high = "each map on its own scale" if not artifact.shared_scale else number(ends[0])
+    high = number(ends[0]) if artifact.shared_scale else OWN_SCALE
     legend = Legend("-" if artifact.signed else "0", high, artifact.unit, artifact.signed)
     return Panel(record.model.name, _rows(tiles, 3 if below else 5), legend=legend)
 
@@ -407,7 +408,7 @@ def _map_sheet(record: Record, artifact: Heatmaps, ends: list[float], assets: As
     page = colour.sheet([colour.enlarge(d, 26) for d in drawn], artifact.columns, 2)
     alt = f"{words(artifact.name)} of {record.model.name}: {len(drawn)} maps"
     sign = "\u00b1" if artifact.signed else "to "
-    high = f"one scale, {sign}{number(ends[0])}" if artifact.shared_scale else "each map on its own scale"
+    high = f"one scale, {sign}{number(ends[0])}" if artifact.shared_scale else OWN_SCALE
     legend = Legend("-" if artifact.signed else "0", high, artifact.unit, artifact.signed)
     return Panel(record.model.name, [[_tile(page, "", alt, True, assets)]], legend=legend)
 
