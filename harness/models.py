@@ -16,6 +16,11 @@ from .errors import ConfigError, NotApplicable, did_you_mean, unknown
 from .registry import InputSpec, Registry
 from .weights import weights_hash
 
+_CHANNELS_FIRST = (
+    nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+
 
 class LoadedModel:
     """Takes pixels in [0, 1], (N, C, H, W), float32; normalises inside; gives logits (N, K).
@@ -79,14 +84,44 @@ class LoadedModel:
             counts[base] = counts.get(base, 0) + 1
         return counts
 
-    def layer_shape(self, name: str) -> tuple[int, ...]:
-        """Output shape of a layer for one picture of the model's own size, without the batch."""
+    def full_name(self, name: str) -> str:
+        """A layer's name as `calls` has it: with `#k` where a pass calls it several times (the last where none is given)."""
         self.check_layer(name)
         base, call = hooks.split_call(name)
-        shapes = dict(self.calls)
-        if name in shapes:
-            return shapes[name][1:]
-        return shapes[f"{base}#{call or self.call_counts[base]}"][1:]
+        count = self.call_counts[base]
+        return base if count == 1 else f"{base}#{call or count}"
+
+    def layer_shape(self, name: str) -> tuple[int, ...]:
+        """Output shape of a layer for one picture of the model's own size, without the batch."""
+        return dict(self.calls)[self.full_name(name)][1:]
+
+    @cached_property
+    def channels_behind(self) -> frozenset[str]:
+        """Layers that give (N, H, W, C): linear layers and norms inside ConvNeXt and Swin, and what follows them in place."""
+        found: set[str] = set()
+        previous: tuple[tuple[int, ...], bool] = ((), False)
+        for name, shape in self.calls:
+            module = self.modules[hooks.split_call(name)[0]]
+            if len(shape) != 4 or isinstance(module, _CHANNELS_FIRST):
+                behind = False
+            elif type(module) is nn.LayerNorm or isinstance(module, nn.Linear):
+                behind = True
+            elif type(module).__name__ == "Permute":
+                behind = list(getattr(module, "dims", ())) == [0, 2, 3, 1]
+            else:
+                behind = previous == (shape, True)
+            if behind:
+                found.add(name)
+            previous = (shape, behind)
+        return frozenset(found)
+
+    def maps_shape(self, name: str) -> tuple[int, int, int]:
+        """(C, H, W) of a layer with maps; NotApplicable for any other."""
+        shape = self.layer_shape(name)
+        if len(shape) != 3 or self.full_name(name) in self.channels_behind:
+            order = " (positions before channels)" if len(shape) == 3 else ""
+            raise NotApplicable(f"needs a layer with maps (C, H, W); {name!r} gives {' x '.join(map(str, shape))}{order}")
+        return shape[0], shape[1], shape[2]
 
     def check_layer(self, name: str) -> None:
         """A ConfigError with the nearest names when the forward pass has no such layer."""
@@ -130,7 +165,12 @@ class LoadedModel:
         shapes = dict(self.calls)
         for name in reversed(names[: names.index(self.last_map)]):
             module, shape = self.modules[hooks.split_call(name)[0]], shapes[name]
-            if len(shape) == 4 and shape[2] * shape[3] > 1 and not isinstance(module, nn.Sequential | nn.Dropout | nn.Identity):
+            if (
+                len(shape) == 4
+                and shape[2] * shape[3] > 1
+                and name not in self.channels_behind
+                and not isinstance(module, nn.Sequential | nn.Dropout | nn.Identity)
+            ):
                 return name
         raise NotApplicable(f"model {self.name!r} has no layer with maps (C, H, W) before its class scores")
 
@@ -141,7 +181,8 @@ class LoadedModel:
         else:
             value = self.activations(images, [layer])[layer]
         if value.ndim == 4:
-            return value.mean((2, 3))
+            behind = layer != "penultimate" and self.full_name(layer) in self.channels_behind
+            return value.mean((1, 2) if behind else (2, 3))
         return value.mean(1) if value.ndim == 3 else value.flatten(1)
 
     def convolutions(self) -> list[tuple[str, nn.Conv2d]]:

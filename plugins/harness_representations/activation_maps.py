@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness import ConfigError, Curve, Heatmaps, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
+from harness import ConfigError, Curve, Heatmaps, Images, Metric, Paper, Param, Result, Table, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,17 +46,21 @@ class ActivationMaps(Technique):
         from harness.context import to_images
 
         model, dataset = ctx.model, ctx.dataset
-        layer = self.layer or model.last_maps
-        shape = model.layer_shape(layer)
-        if len(shape) != 3:
-            raise NotApplicable(f"needs a layer with maps (C, H, W); {layer!r} gives {' x '.join(map(str, shape))}")
+        layer = model.full_name(self.layer or model.last_maps)
+        shape = model.maps_shape(layer)
         if self.picture >= len(dataset):
             raise ConfigError(f"activation_maps.picture: there is no picture {self.picture}; {dataset.name!r} has {len(dataset)}")
-        counted = list(dict.fromkeys([*(self.layers or countable(model)), layer]))
+        wanted = {*(model.full_name(n) for n in self.layers), layer} if self.layers else {*countable(model), layer}
+        counted = [name for name, _ in model.calls if name in wanted]
+        behind = model.channels_behind
+
+        def count(name: str, output: Tensor) -> tuple[Tensor, Tensor, int]:
+            return silence(output, name in behind)
+
         inactive: dict[str, Tensor] = {}
         largest: dict[str, Tensor] = {}
         sizes: dict[str, int] = {}
-        for _, parts in ctx.stream(lambda images: model.activations(images, counted, reduce=silence)):
+        for _, parts in ctx.stream(lambda images: model.activations(images, counted, reduce=count)):
             for name, (silent, high, size) in parts.items():
                 inactive[name] = inactive[name] + silent if name in inactive else silent
                 largest[name] = torch.maximum(largest[name], high) if name in largest else high
@@ -98,11 +102,12 @@ class ActivationMaps(Technique):
         return Result(artifacts, metrics, notes)
 
 
-def silence(_: str, output: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(values not above zero, each channel's maximum (C,), values in all) of an output (N, C, ...) or (N, positions, C)."""
+def silence(output: Tensor, behind: bool = False) -> tuple[Tensor, Tensor, int]:
+    """(values not above zero, each channel's maximum (C,), values in all) of an output (N, C, ...) or (N, positions, C);
+    `behind` says that channels come last in (N, H, W, C) as well."""
     import torch
 
-    others = {4: (0, 2, 3), 3: (0, 1), 2: (0,)}[output.ndim]
+    others = (0, 1, 2) if behind else {4: (0, 2, 3), 3: (0, 1), 2: (0,)}[output.ndim]
     return torch.count_nonzero(output <= 0), output.amax(others), output.numel()
 
 

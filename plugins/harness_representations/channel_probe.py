@@ -47,8 +47,9 @@ class ChannelProbe(Technique):
         dataset, model = ctx.dataset, ctx.model
         if dataset.labels is None:
             raise NotApplicable("needs a labelled dataset")
-        layer = self.layer or model.last_maps
-        parts = [high for _, high in ctx.stream(lambda images: channel_maximum(model.activations(images, [layer])[layer]))]
+        layer = model.full_name(self.layer or model.last_maps)
+        behind = layer in model.channels_behind
+        parts = [high for _, high in ctx.stream(lambda images: channel_maximum(model.activations(images, [layer])[layer], behind))]
         scores = np.concatenate([high.float().cpu().numpy() for high in parts])  # (N, C)
         labels = dataset.labels
         count = np.bincount(labels, minlength=len(dataset.classes))
@@ -57,7 +58,9 @@ class ChannelProbe(Technique):
         auc = areas(ranks(scores), labels, len(count))  # (K, C); NaN where a class has no picture
         halves = halve(labels)
         ranked = ranks(scores[halves[0]]), ranks(scores[halves[1]])
-        measured = np.flatnonzero([min(np.bincount(labels[h], minlength=len(count))[c] for h in halves) > 0 for c in range(len(count))])
+        # A class needs pictures of its own and of others in both halves.
+        own = [np.bincount(labels[h], minlength=len(count)) for h in halves]
+        measured = np.flatnonzero(np.min([np.minimum(n, len(h) - n) for n, h in zip(own, halves, strict=True)], axis=0) > 0)
         present = np.flatnonzero(count)
         best_all = {int(c): int(np.argmax(auc[c])) for c in present}
         rows, held = [], []
@@ -79,7 +82,9 @@ class ChannelProbe(Technique):
                 Metric("by_chance", chance, about="the same with shuffled labels"),
             ]  # fmt: skip
         if len(measured) < len(present):
-            notes.append(f"{len(present) - len(measured)} of {len(present)} classes have a single picture: their AUC is not held out")
+            notes.append(
+                f"{len(present) - len(measured)} of {len(present)} classes have too few pictures for two halves: their AUC is not held out"
+            )
         table = Table("detectors", ["class", "pictures", "best channel", "AUC", "held-out AUC"], rows)
         artifacts: list[Table | Matrix | Arrays] = [table, Arrays("auc", {"auc": np.nan_to_num(auc, nan=0.5), "pictures": count})]
         if len(present) <= 60:
@@ -102,10 +107,10 @@ class ChannelProbe(Technique):
         return float(np.mean(found)) if found else 0.5
 
 
-def channel_maximum(output: Tensor) -> Tensor:
+def channel_maximum(output: Tensor, behind: bool = False) -> Tensor:
     """(N, C): the largest value of each channel of (N, C, H, W), (N, positions, C) or (N, C)."""
     if output.ndim == 4:
-        return output.amax((2, 3))
+        return output.amax((1, 2) if behind else (2, 3))
     return output.amax(1) if output.ndim == 3 else output.flatten(1)
 
 

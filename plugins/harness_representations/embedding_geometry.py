@@ -81,18 +81,22 @@ class EmbeddingGeometry(Technique):
         artifacts.append(Arrays("geometry", {"means": means, "distances": distances, "classes": present}))
         metrics, notes = [Metric("classes", len(present))], []
         if (count > 1).any():
-            metrics.append(Metric("separation", separation(features, group, means), better="higher", about=SEPARATION))
+            apart = separation(features, group, means)
+            if apart is None:
+                notes.append("the pictures of each class have the same features: there is no spread to compare distances with")
+            else:
+                metrics.append(Metric("separation", apart, better="higher", about=SEPARATION))
         known = imagenet_indices(ctx)
         if known is None:
             notes.append("the labels are not ImageNet's: there is no hierarchy of meanings to compare with")
         elif len(present) > 2:
             meaning = wordnet_distances([known[i] for i in present])
             pairs = np.triu_indices(len(present), 1)
-            metrics.append(
-                Metric(
-                    "wordnet_correlation", float(spearmanr(distances[pairs], meaning[pairs]).statistic), better="higher", about=CORRELATION
-                )
-            )
+            if np.ptp(meaning[pairs]) > 0 and np.ptp(distances[pairs]) > 0:
+                rank = float(spearmanr(distances[pairs], meaning[pairs]).statistic)
+                metrics.append(Metric("wordnet_correlation", rank, better="higher", about=CORRELATION))
+            else:
+                notes.append("all classes are equally far from one another: there is no order to correlate")
             kin = float(np.mean([meaning[i, nearest[i]] for i in range(len(present))]))
             metrics.append(
                 Metric(
@@ -122,11 +126,12 @@ def between(means: np.ndarray, distance: str) -> np.ndarray:
     return squareform(pdist(seen, "cosine"))
 
 
-def separation(features: np.ndarray, group: np.ndarray, means: np.ndarray) -> float:
+def separation(features: np.ndarray, group: np.ndarray, means: np.ndarray) -> float | None:
+    """None where no class has any spread."""
     from scipy.spatial.distance import pdist
 
     own = np.linalg.norm(features.astype(np.float64) - means[group], axis=1)[np.bincount(group)[group] > 1].mean()
-    return float(pdist(means).mean() / own) if own > 0 else float("inf")
+    return float(pdist(means).mean() / own) if own > 0 else None
 
 
 def relabel(tree: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ WIDEST = 2400  # pixels of the whole picture
 
 class ImageGrid(Technique):
     """The t-SNE map filled with the pictures themselves (Karpathy 2014, "t-SNE visualization of CNN codes"): every cell of a
-    grid shows the picture nearest to its place, or each picture has one cell.
+    grid shows the picture nearest to its place, or no picture is shown twice.
 
     unique: the assignment of pictures to cells with the least sum of squared distances (Jonker & Volgenant 1987, by scipy);
     nearest: each cell's nearest picture, which may show one several times. Cost: the map, and the assignment.
@@ -37,7 +37,9 @@ class ImageGrid(Technique):
 
     layer: str = Param("penultimate", description="the features' layer: a layer's name or 'penultimate'")
     perplexity: float = Param(30.0, gt=0, description="perplexity of the t-SNE map")
-    mode: Literal["unique", "nearest"] = Param("unique", description="every picture once, or for each cell the nearest picture")
+    mode: Literal["unique", "nearest"] = Param(
+        "unique", description="no picture twice, with the best assignment, or for each cell the nearest picture"
+    )
     side: int = Param(0, ge=0, le=100, description="cells a side; 0: as many as the pictures fill, at most 50")
     cell: int = Param(0, ge=0, le=256, description="pixels a cell; 0: as many as a picture of 2,400 pixels allows, at most 96")
     detail: int = Param(8, ge=2, le=50, description="cells a side of the part that is shown enlarged")
@@ -120,8 +122,9 @@ def nearest_to(places: np.ndarray, centres: np.ndarray) -> np.ndarray:
 def unique(places: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """A point for each centre, none twice, with the least sum of squared distances; -1 where points run out."""
     from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
 
-    cost = ((centres[:, None] - places[None]) ** 2).sum(2)
+    cost = cdist(centres, places, "sqeuclidean")
     rows, columns = linear_sum_assignment(cost)
     chosen = np.full(len(centres), -1)
     chosen[rows] = columns
@@ -179,8 +182,9 @@ def closest_block(features: np.ndarray, grid: np.ndarray, size: int) -> tuple[in
     across = np.linalg.norm(wide[safe[:, :-1]] - wide[safe[:, 1:]], axis=2)
     down = np.linalg.norm(wide[safe[:-1]] - wide[safe[1:]], axis=2)
     # A cell that is empty, or shows its neighbour's picture, says nothing of likeness.
-    across[(grid[:, :-1] < 0) | (grid[:, 1:] < 0) | (grid[:, :-1] == grid[:, 1:])] = wide.std() * 10
-    down[(grid[:-1] < 0) | (grid[1:] < 0) | (grid[:-1] == grid[1:])] = wide.std() * 10
+    worst = 2 * max(across.max(initial=0.0), down.max(initial=0.0)) + 1
+    across[(grid[:, :-1] < 0) | (grid[:, 1:] < 0) | (grid[:, :-1] == grid[:, 1:])] = worst
+    down[(grid[:-1] < 0) | (grid[1:] < 0) | (grid[:-1] == grid[1:])] = worst
     for y in range(side - size + 1):
         for x in range(side - size + 1):
             value = across[y : y + size, x : x + size - 1].sum() + down[y : y + size - 1, x : x + size].sum()

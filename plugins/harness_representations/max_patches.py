@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from harness import Arrays, ConfigError, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
+from harness import Arrays, ConfigError, Images, Metric, Paper, Param, Result, Table, Technique
 from harness.datasets import evenly
 
 if TYPE_CHECKING:
@@ -51,10 +51,8 @@ class MaxPatches(Technique):
         from harness.layers import receptive_fields
 
         model, dataset = ctx.model, ctx.dataset
-        layer = self.layer or model.last_maps
-        shape = model.layer_shape(layer)
-        if len(shape) != 3:
-            raise NotApplicable(f"needs a layer with maps (C, H, W); {layer!r} gives {' x '.join(map(str, shape))}")
+        layer = model.full_name(self.layer or model.last_maps)
+        shape = model.maps_shape(layer)
         wrong = [c for c in self.channels if not 0 <= c < shape[0]]
         if wrong:
             raise ConfigError(f"max_patches.channels: {layer!r} has channels 0 to {shape[0] - 1}; there is no channel {wrong[0]}")

@@ -54,9 +54,8 @@ class ReceptiveField(Technique):
         maps = with_maps(model)
         if self.layers:
             for name in self.layers:
-                if len(model.layer_shape(name)) != 3:
-                    raise NotApplicable(f"needs layers with maps (C, H, W); {name!r} gives {model.layer_shape(name)}")
-            chosen = list(self.layers)
+                model.maps_shape(name)
+            chosen = [model.full_name(name) for name in self.layers]
         else:
             chosen = [maps[-1 - i] for i in reversed(evenly(self.count, len(maps)))]
         side = model.input.size
@@ -82,7 +81,7 @@ class ReceptiveField(Technique):
             Table("layers", ["layer", "kind", "output", "receptive field", "stride", f"effective ({self.energy:.0%})"], rows),
         ]  # fmt: skip
         if len(known) == len(chosen) and len(chosen) > 1:
-            lines = {"theoretical": [min(s, 2 * side) for s in known], "effective": sides}
+            lines = {"theoretical": known, "effective": sides}
             artifacts.append(Curve("by_depth", range(1, len(chosen) + 1), lines, "layers measured, by depth", "pixels"))
         metrics = [Metric("effective_side", sides[-1], "px", about=f"effective field of {chosen[-1]}, the deepest measured")]
         notes = []
@@ -127,7 +126,7 @@ def with_maps(model: LoadedModel) -> list[str]:
     found = []
     for name, shape in model.calls[:end]:
         module = model.modules[name.partition("#")[0]]
-        if len(shape) == 4 and shape[2] * shape[3] > 1 and not list(module.children()):
+        if len(shape) == 4 and shape[2] * shape[3] > 1 and name not in model.channels_behind and not list(module.children()):
             found.append(name)
     if not found:
         raise NotApplicable(f"model {model.name!r} has no layer with maps (C, H, W)")

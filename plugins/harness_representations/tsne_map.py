@@ -56,6 +56,8 @@ class TsneMap(Technique):
         features = features_of(ctx, least=5)
         count = len(features)
         points, _ = principal(features, self.axes)
+        if points.shape[1] == 1:  # a single feature: a line in the plane
+            points = np.hstack([points, np.zeros_like(points)])
         highest = (count - 1) / 3
         notes = []
         perplexities = list(dict.fromkeys(min(p, highest) for p in self.perplexity))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness import ConfigError, Heatmaps, NotApplicable, Paper, Param, Result, TargetSpec, Technique
+from harness import ConfigError, Heatmaps, Paper, Param, Result, TargetSpec, Technique
 
 from .measures import captions, concentration
 
@@ -64,8 +64,7 @@ class GradCam(Technique):
 
         if ctx.target.layer is not None:
             raise ConfigError("grad_cam.target: it explains class scores; name a class, not a layer's unit")
-        if len(ctx.model.layer_shape(layer)) != 3:
-            raise NotApplicable(f"needs a layer with maps (C, H, W); {layer!r} gives {ctx.model.layer_shape(layer)}")
+        ctx.model.maps_shape(layer)
 
         def work(rows: slice) -> Tensor:
             with torch.enable_grad():

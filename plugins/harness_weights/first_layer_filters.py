@@ -60,7 +60,7 @@ class FirstLayerFilters(Technique):
             off_grey[alive] = 1 - 3 * (grey[alive] ** 2).sum((1, 2)) / norms[alive] ** 2
         patterns = leading_component(weight)
         coherent = coherence(patterns)
-        dead = norms < self.dead_below * norms.max()
+        dead = norms < self.dead_below * norms.max() if norms.any() else np.ones(len(norms), bool)
         kind = np.where(dead, "dead", "other")
         kind = np.where(~dead & (coherent > self.oriented_above), "oriented", kind)
         colour = ~dead & (off_grey > self.colour_above)
@@ -112,5 +112,5 @@ class FirstLayerFilters(Technique):
             Table("kinds", columns, rows),
             Arrays("weights", {"weight": weight}),
         ]
-        notes = [] if fitted else [f"{name} has {weight.shape[-2]} x {weight.shape[-1]} kernels: too small for a Gabor fit"]
+        notes = [] if fitted else [f"{name} has {weight.shape[-2]} x {weight.shape[-1]} kernels: too small, or not square, for a Gabor fit"]
         return Result(artifacts, metrics, notes)

@@ -42,10 +42,10 @@ class LayerFilters(Technique):
     def run(self, ctx: Context) -> Result:
         convolutions = {name: conv.weight.detach().float().cpu().numpy() for name, conv in ctx.model.convolutions()}
         spatial = [name for name, w in convolutions.items() if min(w.shape[2:]) > 1]
-        if self.layer and self.layer not in convolutions:
-            ctx.model.check_layer(self.layer)
+        asked = ctx.model.full_name(self.layer) if self.layer else ""
+        if asked and asked not in convolutions:
             raise ConfigError(f"layer_filters.layer: {self.layer!r} is not a convolution")
-        shown = self.layer or (spatial[1] if len(spatial) > 1 else spatial[0] if spatial else next(iter(convolutions)))
+        shown = asked or (spatial[1] if len(spatial) > 1 else spatial[0] if spatial else next(iter(convolutions)))
         rows, depth, by_chance, measured = [], [], [], []
         for name, weight in ctx.track(convolutions.items(), len(convolutions), "layers"):
             structure = chance = None

@@ -189,7 +189,7 @@ def test_one_class_and_single_pictures(digits_cnn, registry):
     with pytest.raises(ConfigError, match="one class only"):
         run_once(ChannelProbe(), digits_cnn, zeros)
     result = run_once(ChannelProbe(), digits_cnn, small_dataset(10))
-    assert "10 of 10 classes have a single picture" in result.notes[0]
+    assert "10 of 10 classes have too few pictures for two halves" in result.notes[0]
     assert [m.name for m in result.metrics] == ["channels"]
     with pytest.raises(NotApplicable, match="labelled dataset"):
         run_once(ChannelProbe(), digits_cnn, replace(small_dataset(), labels=None, classes=()))
@@ -381,5 +381,61 @@ def test_effective_is_within_theoretical(digits_cnn):
         if row[5] is not None:
             assert 0 < row[5] <= 8
             assert row[5] <= row[3]
-    with pytest.raises(NotApplicable, match="needs layers with maps"):
+    with pytest.raises(NotApplicable, match="needs a layer with maps"):
         run_once(ReceptiveField(layers=("classifier.1",)), digits_cnn, small_dataset(3))
+
+
+# -- layers that name, order or shape things otherwise -------------------------------------------------------------------
+
+
+def test_positions_before_channels_are_not_read_as_channels(registry):
+    """ConvNeXt's linear layers give (N, H, W, C): counted by channel, refused as maps, never chosen by default."""
+    model = load_model("convnext_tiny@random", registry)
+    layer = "features.1.0.block.3"
+    channels = model.layer_shape(layer)[-1]
+    assert layer in model.channels_behind
+    assert channels == 4 * 96
+    assert "features.0.0" not in model.channels_behind
+    assert "features.1.0.block.0" not in model.channels_behind
+    assert "features.1.0" not in model.channels_behind
+    assert model.last_maps not in model.channels_behind
+    result = run_once(ActivationMaps(layers=(layer, "features.1.0.block.4"), layer="features.1.0.block.0"), model, small_dataset(2))
+    rows = {row[0]: row for row in artifact(result, "layers").rows}
+    assert rows[layer][2] == rows["features.1.0.block.4"][2] == channels
+    for technique in (MaxPatches(layer=layer), ReceptiveField(layers=(layer,)), ActivationMaps(layer=layer)):
+        with pytest.raises(NotApplicable, match="positions before channels"):
+            run_once(technique, model, small_dataset(2))
+    data = small_dataset(2)
+    with torch.no_grad():
+        x = images_of(data, model)
+        torch.testing.assert_close(model.embedding(x, layer), model.activations(x, [layer])[layer].mean((1, 2)))
+
+
+def test_a_layer_by_its_short_and_its_full_name(registry):
+    model = load_model("resnet18@random", registry)
+    assert model.full_name("layer1.0.relu") == "layer1.0.relu#2"
+    assert model.full_name("conv1#1") == "conv1"
+    assert model.layer_shape("conv1#1") == model.layer_shape("conv1")
+    short, full = (run_once(MaxPatches(layer=name, k=1, count=1), model, small_dataset(2)) for name in ("layer1.0.relu", "layer1.0.relu#2"))
+    assert artifact(short, "patches").data.shape == artifact(full, "patches").data.shape
+    assert not short.notes or "receptive field" not in " ".join(short.notes)
+    result = run_once(ReceptiveField(layers=("layer1.0.relu",)), model, small_dataset(2))
+    assert "theoretical_side" in values(result)
+
+
+def test_layers_stand_in_the_order_of_the_pass(registry):
+    model = load_model("resnet18@random", registry)
+    rows = [row[0] for row in artifact(run_once(ActivationMaps(), model, small_dataset(2)), "layers").rows]
+    order = [name for name, _ in model.calls]
+    assert rows == sorted(rows, key=order.index)
+    assert rows[-1] == "fc"
+    assert model.last_maps in rows
+
+
+def test_a_class_that_leaves_no_others_in_one_half(digits_cnn, registry):
+    """Three pictures of one class and one of another: nothing to hold out, said and not stored as no number."""
+    data = small_dataset(4)
+    mixed = replace(data, labels=np.array([0, 0, 0, 1]), classes=("a", "b"))
+    result = run_once(ChannelProbe(), digits_cnn, mixed)
+    assert [m.name for m in result.metrics] == ["channels"]
+    assert "2 of 2 classes have too few pictures" in result.notes[0]

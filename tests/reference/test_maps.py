@@ -400,3 +400,36 @@ def test_the_input_spec_of_thumbnails_is_kept_small(digits_cnn):
     assert thumbnails(ctx, [0, 2], 40).shape == (2, 1, 8, 8)
     assert thumbnails(ctx, [1], 4).shape == (1, 1, 4, 4)
     assert isinstance(digits_cnn.input, InputSpec)
+
+
+def test_one_feature_is_a_line_for_tsne_too(digits_cnn):
+    data = small_dataset(8)
+    result = TsneMap(iterations=250, seeds=1).run(given(digits_cnn, data, np.arange(8.0)[:, None], "tsne_map"))
+    assert np.isfinite(artifact(result, "tsne").points).all()
+
+
+def test_the_detail_is_not_where_nothing_is():
+    """Sixty pictures in a hundred cells, many features: the empty corner is not the part where neighbours are most alike."""
+    features = np.random.default_rng(0).normal(size=(60, 512))
+    grid = np.full(100, -1)
+    grid[:60] = np.arange(60)
+    top, _ = closest_block(features, grid.reshape(10, 10), 4)
+    assert top <= 2
+
+
+def test_twins_have_no_separation_and_siblings_no_order(squeezenet, digits_cnn):
+    data = replace(small_dataset(6), labels=np.repeat([0, 1, 2], 2), classes=("a", "b", "c"))
+    features = np.random.default_rng(0).normal(size=(3, 4)).repeat(2, 0)
+    result = EmbeddingGeometry(distance="euclidean").run(given(digits_cnn, data, features, "embedding_geometry"))
+    assert "separation" not in values(result)
+    assert any("same features" in note for note in result.notes)
+    kin = [151, 152, 153]  # three toy dogs, equally far from one another
+    distances = wordnet_distances(kin)
+    assert len(set(distances[np.triu_indices(3, 1)])) == 1
+    names = squeezenet.classes
+    dogs = Dataset("dogs", ["a", "b", "c"], lambda i: Image.new("RGB", (8, 8)), "x" * 64, np.asarray(kin), names)
+    ctx = given(squeezenet, dogs, np.random.default_rng(1).normal(size=(3, 4)), "embedding_geometry")
+    ctx._labels = torch.tensor(kin)
+    result = EmbeddingGeometry(distance="euclidean").run(ctx)
+    assert "wordnet_correlation" not in values(result)
+    assert any("no order" in note for note in result.notes)
