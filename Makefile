@@ -2,7 +2,7 @@
 # make test    set up, then run the tests
 # make check   format, lint, types, generated docs
 # make docs    write docs/techniques.md and docs/cli.md anew
-# make bench   timings as ratios
+# make bench   timings and peak memory as ratios; takes about ten minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,7 +26,7 @@ docs: .venv/ready-dev
 	$(BIN)/python docs/generate.py
 
 bench: .venv/ready-dev
-	$(BIN)/python bench/bench.py
+	$(BIN)/python bench/bench.py --memory
 
 clean:
 	rm -rf .venv out harness-runs
