@@ -264,3 +264,31 @@ def test_class_names():
     assert class_names(["x"]) == ("x",)
     with pytest.raises(ConfigError, match="did you mean 'imagenet'"):
         class_names("imagnet")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("digits:foo", "the digits have parts all, train, test, not 'foo'"),
+        ("torchvision:SVHN", "not one of torchvision's sets with a training part: CIFAR10"),
+        ("torchvision:folder", "not one of torchvision's sets with a training part"),
+    ],
+)
+def test_a_part_or_set_that_does_not_exist(source, message, tmp_path):
+    from harness.registry import load_registry
+
+    (tmp_path / "r.yaml").write_text(f"datasets:\n  odd: {{source: '{source}'}}\n")
+    with pytest.raises(DataError, match=message):
+        load_dataset("odd", load_registry([tmp_path / "r.yaml"]))
+
+
+def test_a_file_name_that_is_not_utf8_still_has_an_id(tmp_path, registry):
+    import os
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    os.rename(folder / "a.png", os.path.join(os.fsencode(folder), b"caf\xe9.png"))
+    data = load_dataset(str(folder), registry)
+    assert list(data.ids) == ["caf\\xe9.png"]
+    assert data.get(0).size == (8, 8)
