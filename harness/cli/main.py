@@ -49,8 +49,15 @@ class State:
         self.registries, self.debug, self.words = list(registries), debug, words
 
     def command(self) -> str:
-        """The command line as it was given, less what does not bear on the results."""
-        return shlex.join(["harness", *(w for w in self.words if w not in ("--debug", "--no-cache"))])
+        """The command line as it was given, less what does not bear on the results: a store's address may hold a password."""
+        kept: list[str] = []
+        words = iter(self.words)
+        for word in words:
+            if word == "--tracking-uri":
+                next(words, None)
+            elif word not in ("--debug", "--no-cache") and not word.startswith("--tracking-uri="):
+                kept.append(word)
+        return shlex.join(["harness", *kept])
 
     def registry(self) -> Any:
         from ..registry import load_registry

@@ -40,8 +40,11 @@ def command(state: State, folder: Path, tolerance: float, device: str | None) ->
         raise ConfigError(f"{path}: {error.strerror}; name the folder of a report that has report.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a report of this harness ({type(error).__name__})") from None
-    if not state.registries:
-        state.registries = [Path(name) for name in dict.fromkeys(n for claim in claims for n in claim.get("registries", ()))]
+    named = list(dict.fromkeys(str(name) for claim in claims for name in claim.get("registries", ())))
+    if named and not state.registries:
+        # Not read by itself: a registry names code to run, and a report may come from anybody.
+        given = " ".join(f"-r {name}" for name in named)
+        click.echo(f"warning: the report was made with {given}; if you trust it, run `harness {given} verify {folder}`", err=True)
     if device:
         specs = [spec.model_copy(update={"device": device}) for spec in specs]
     different = 0

@@ -137,6 +137,24 @@ def test_verify_notices_other_data_weights_and_numbers():
         assert any(p.startswith(word) for p in differences(run(), run(**change), 1e-4)), change
 
 
+def test_the_command_kept_has_no_store_in_it():
+    """An address may hold a password, and a report goes to others."""
+    from harness.cli.main import State
+
+    words = [
+        "--debug",
+        "run",
+        "e.yaml",
+        "--tracking-uri",
+        "http://me:secret@host",
+        "--no-cache",
+        "--tracking-uri=http://me:secret@host",
+        "--limit",
+        "3",
+    ]
+    assert State((), False, words).command() == "harness run e.yaml --limit 3"
+
+
 def test_the_command_in_a_report_makes_it_again(cli, tmp_path):
     """With the user's own registry, in another folder, with options: the experiment's command and each run's."""
     import shlex
@@ -158,7 +176,12 @@ def test_the_command_in_a_report_makes_it_again(cli, tmp_path):
     assert single in text
     for command in (content["command"], single):
         assert "reused" in cli(*shlex.split(command)[1:])[1]
-    assert "1 of 1 runs as the report claims" in cli("verify", "a")[0]  # the registry is the report's own
+    assert "1 of 1 runs as the report claims" in cli("-r", "r.yaml", "verify", "a")[0]
+    # a registry names code to run: that of a report, which may be anybody's, is not read unasked
+    (tmp_path / "net.py").write_text("raise SystemExit('code of the report was run')\n")
+    _, err = cli("verify", "a", code=2)
+    assert "if you trust it, run `harness -r r.yaml verify a`" in err
+    assert "no model 'mine'" in err
 
 
 def test_compare_puts_models_side_by_side(cli, tmp_path):
