@@ -13,6 +13,7 @@ _HOMES = {
     "ConfigError": "errors",
     "Context": "context",
     "Curve": "artifacts",
+    "EveryMap": "technique",
     "HarnessError": "errors",
     "Heatmaps": "artifacts",
     "Images": "artifacts",
@@ -35,6 +36,7 @@ __all__ = [
     "ConfigError",
     "Context",
     "Curve",
+    "EveryMap",
     "HarnessError",
     "Heatmaps",
     "Images",
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from .context import Context
     from .errors import ConfigError, HarnessError, NotApplicable
     from .hookspecs import hookimpl
-    from .technique import Metric, Paper, Param, Result, TargetSpec, Technique, Use
+    from .technique import EveryMap, Metric, Paper, Param, Result, TargetSpec, Technique, Use
 
 
 def __getattr__(name: str) -> Any:

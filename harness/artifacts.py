@@ -140,7 +140,8 @@ class Heatmaps(Artifact):
     """Maps (N, H, W), float32, one a picture; `over` are the pictures' places in the run's inputs, empty for maps of none.
 
     `signed` maps are drawn around zero; `unit` names what a value means; `shared_scale` draws all on one scale.
-    `columns` > 0 draws all of them as one sheet of small tiles: the channels of a layer.
+    `columns` > 0 draws all of them as one sheet of small tiles, the channels of a layer, or with captions as a grid of that
+    many columns, which starts with the picture where all lie over the same.
     """
 
     kind: ClassVar[str] = "heatmaps"

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import NotApplicable
+from .errors import HarnessError, NotApplicable
 from .targets import Target, resolve
-from .technique import TargetSpec
+from .technique import TargetSpec, Used
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .artifacts import Artifact
     from .datasets import Dataset
     from .models import LoadedModel
@@ -64,6 +66,7 @@ class Context:
     ids      names of the pictures
     dataset  the whole selection, for techniques that stream it
     results  {technique: {artifact name: Artifact}} of what `uses()` asked for
+    missing  {technique: why} for those of them that are optional and have no result
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Context:
         seed: int = 0,
         max_batch: int = 32,
         results: Mapping[str, Mapping[str, Artifact]] | None = None,
+        used: Mapping[str, Used] | None = None,
+        missing: Mapping[str, str] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.model = model
@@ -89,6 +94,7 @@ class Context:
         self._dataset = dataset
         self.technique, self.seed, self.max_batch = technique, seed, max_batch
         self.results = results or {}
+        self.used, self.missing = used or {}, missing or {}
         self._spec = target
         self._progress = progress
         self._draws: dict[str, Draws] = {}
@@ -129,6 +135,61 @@ class Context:
                 yield slice(start, start + count), value
                 start += count
             self.report("pictures", whole.stop, total)
+
+    @cached_property
+    def masks(self) -> Tensor | None:
+        """(N, H, W) bool: what the dataset marks in each picture (an object, a suspected cue); None where it marks nothing."""
+        found = self.dataset.masks(self.model.input) if self._dataset is not None else None
+        return None if found is None else torch.from_numpy(found).to(self.device)
+
+    # -- what others have found ------------------------------------------------------------------------------------
+
+    def attributions(self) -> dict[str, Tensor]:
+        """{technique: (N, H, W)} the maps among the results, by the artifact that each declares as its `attribution`."""
+        found = {}
+        for label, artifacts in self.results.items():
+            name = self.used[label].technique.attribution
+            if name:
+                found[label] = torch.from_numpy(_attribution(label, artifacts, name)).to(self.device)
+        return found
+
+    def again(
+        self,
+        label: str,
+        *,
+        model: LoadedModel | None = None,
+        images: Tensor | None = None,
+        target: TargetSpec | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> dict[str, Artifact]:
+        """{artifact name: Artifact} of a use computed anew: on another model, on other pictures in place of these, for another target.
+
+        `rows` takes some of the pictures only. The seed and the pictures' names stay, so random numbers are the same.
+        """
+        keep = list(range(len(self.ids))) if rows is None else list(rows)
+        return self._again(self.used[label], model or self.model, self.images[keep] if images is None else images, target, keep)
+
+    def _again(self, used: Used, model: LoadedModel, images: Tensor, target: TargetSpec | None, keep: list[int]) -> dict[str, Artifact]:
+        technique = used.technique
+        if target is not None and "target" in type(technique).model_fields:
+            technique = technique.model_copy(update={"target": target})
+        ctx = Context(
+            model,
+            images=images,
+            labels=None if self.labels is None else self.labels[keep],
+            ids=[self.ids[i] for i in keep],
+            dataset=None if self._dataset is None else self._dataset.select(indices=keep),
+            technique=technique.name,
+            target=getattr(technique, "target", "predicted"),
+            seed=self.seed,
+            max_batch=self.max_batch,
+            results={label: self._again(other, model, images, target, keep) for label, other in used.uses.items()},
+            used=used.uses,
+        )
+        try:
+            return {artifact.name: artifact for artifact in technique.run(ctx).artifacts}
+        finally:
+            self.max_batch = ctx.max_batch  # halved where memory ran out
 
     # -- what is explained -----------------------------------------------------------------------------------------
 
@@ -217,6 +278,13 @@ class Context:
         for done, item in enumerate(items, 1):
             yield item
             self.report(what, done, total)
+
+
+def _attribution(label: str, artifacts: Mapping[str, Artifact], name: str) -> np.ndarray:
+    artifact: Any = artifacts.get(name)
+    if artifact is None or artifact.kind != "heatmaps":
+        raise HarnessError(f"technique {label!r} declares the attribution {name!r}, but its result has no such Heatmaps")
+    return artifact.data
 
 
 def labels_of(dataset: Dataset, model: LoadedModel) -> Tensor | None:

@@ -93,9 +93,29 @@ def prepare(image: Image.Image, spec: InputSpec) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
+@dataclass(frozen=True)
+class Marks:
+    """What a dataset marks in its pictures, an object or a suspected cue.
+
+    `get(i)` is a picture (mode L) of the i-th's size, not black where the mark is, or None; `swapped(i)` is the i-th picture
+    with the cue changed and all else equal, where the dataset can tell.
+    """
+
+    shows: str
+    get: Callable[[int], Image.Image | None]
+    swapped: Callable[[int], Image.Image] | None = None
+
+    def select(self, keep: np.ndarray) -> Marks:
+        get, swapped = self.get, self.swapped
+        return replace(self, get=lambda i: get(int(keep[i])), swapped=None if swapped is None else lambda i: swapped(int(keep[i])))
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Pictures in a fixed order. `get(i)` opens the i-th; `labels` (N,) index `classes`."""
+    """Pictures in a fixed order. `get(i)` opens the i-th; `labels` (N,) index `classes`; `marks` is what is marked in them.
+
+    `whole` is the dataset that this one is a selection of.
+    """
 
     name: str
     ids: Sequence[str]
@@ -104,6 +124,8 @@ class Dataset:
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     names_are_indices: bool = False  # folder names may be class numbers of the model
+    marks: Marks | None = None
+    whole: Dataset | None = None
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -133,7 +155,15 @@ class Dataset:
         digest = hashlib.sha256("\n".join((self.fingerprint, *ids)).encode()).hexdigest()
         labels = None if self.labels is None else self.labels[keep]
         get = self.get
-        return replace(self, ids=ids, labels=labels, fingerprint=digest, get=lambda i: get(int(keep[i])))
+        return replace(
+            self,
+            ids=ids,
+            labels=labels,
+            fingerprint=digest,
+            get=lambda i: get(int(keep[i])),
+            marks=None if self.marks is None else self.marks.select(keep),
+            whole=self.whole or self,
+        )
 
     def labels_for(self, classes: Sequence[str]) -> np.ndarray | None:
         """Labels as indices into a model's classes, or None where the two do not name the same things."""
@@ -158,6 +188,18 @@ class Dataset:
     def pictures(self, spec: InputSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
         """uint8 (n, size, size, channels) of pictures start to stop."""
         return np.stack([prepare(self.get(i), spec) for i in range(start, len(self) if stop is None else stop)])
+
+    def masks(self, spec: InputSpec) -> np.ndarray | None:
+        """bool (N, size, size): the marks as the pictures are cut; None where the dataset has none."""
+        if self.marks is None:
+            return None
+        cut = spec.model_copy(update={"channels": 1, "interpolation": "nearest"})
+        found = np.zeros((len(self), spec.size, spec.size), dtype=bool)
+        for i in range(len(self)):
+            mask = self.marks.get(i)
+            if mask is not None:
+                found[i] = prepare(mask, cut)[..., 0] > 0
+        return found
 
     def batches(self, spec: InputSpec, size: int) -> Iterator[tuple[slice, np.ndarray]]:
         """(rows, uint8 pictures) in order; the next batch is opened while the caller works on this one."""
@@ -216,6 +258,34 @@ def image_folder(rest: str, name: str, entry: DatasetEntry) -> Dataset:
             f"{entry.where}: dataset {name!r}: folder {unlisted[0]!r} is not one of its classes{did_you_mean(unlisted[0], classes)}"
         )
     return _from_files(name, root, paths, [classes.index(g) for g in groups], classes, names_are_indices=True)
+
+
+def with_masks(dataset: Dataset, entry: DatasetEntry) -> Dataset:
+    """The dataset with the marks of the folder `masks`: pictures of the same names, any suffix, not black where the mark is."""
+    root = entry.folder / Path(entry.masks).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{entry.where}: dataset {dataset.name!r}: there is no folder of masks {root}")
+    there = {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES}
+    paths = [there.get(Path(i).with_suffix("").as_posix()) for i in dataset.ids]
+    if not any(paths):
+        raise DataError(
+            f"{entry.where}: dataset {dataset.name!r}: no mask in {root} has the name of a picture (the first is {dataset.ids[0]!r})"
+        )
+
+    def get(i: int) -> Image.Image | None:
+        path = paths[i]
+        if path is None:
+            return None
+        mask, picture = open_picture(path).convert("L"), dataset.get(i)
+        if mask.size != picture.size:
+            sizes = f"{mask.width} x {mask.height}, its picture {picture.width} x {picture.height}"
+            raise DataError(f"{path}: the mask is {sizes}; make them equal")
+        return mask
+
+    found = [(i, path) for i, path in zip(dataset.ids, paths, strict=True) if path is not None]
+    marked = _hash_files([path for _, path in found], [i for i, _ in found])
+    digest = hashlib.sha256(f"{dataset.fingerprint}\n{marked}".encode()).hexdigest()
+    return replace(dataset, marks=Marks(entry.masks_show or "the marked region", get), fingerprint=digest)
 
 
 def package_pictures(rest: str, name: str, entry: DatasetEntry) -> Dataset:
@@ -319,7 +389,7 @@ def _imagenet_names() -> tuple[str, ...]:
     return tuple(path.read_text(encoding="utf-8").splitlines())
 
 
-DatasetSource = Callable[[str, str, DatasetEntry], Dataset]
+DatasetSource = Callable[..., Dataset]  # (rest, name, entry) or (rest, name, entry, registry)
 
 
 def load_dataset(name: str, registry: Registry) -> Dataset:
@@ -329,15 +399,21 @@ def load_dataset(name: str, registry: Registry) -> Dataset:
     entry = registry.dataset(name)
     scheme, _, rest = entry.source.partition(":")
     source: DatasetSource = load_plugins().get("datasets", scheme)
+    # A source that builds on other datasets asks for the registry.
+    more = {"registry": registry} if "registry" in signature(source).parameters else {}
     try:
-        return source(rest, name, entry)
+        dataset = source(rest, name, entry, **more)
+        return with_masks(dataset, entry) if entry.masks else dataset
     except OSError as error:
         raise DataError(f"dataset {name!r}: {error.filename or ''}: {error.strerror or error}") from None
 
 
 @hookimpl
 def harness_datasets() -> Mapping[str, DatasetSource]:
+    from .planted import planted  # which stands on this module
+
     return {
+        "planted": planted,
         "folder": image_folder,
         "package": package_pictures,
         "digits": digits,

@@ -19,6 +19,10 @@ from torch.utils.hooks import RemovableHandle
 ANSWER = ""  # stands for what the whole model gives among layer names
 
 
+class NeverReached(ValueError):
+    """A forward pass ended, or went another way, before a layer asked for."""
+
+
 class _Reached(Exception):
     """The deepest layer asked for has answered; the rest of the forward pass is not needed."""
 
@@ -104,7 +108,7 @@ def activations(
             found[ANSWER] = answer
     missing = [name for name in wanted.values() if name not in found]
     if missing:
-        raise ValueError(f"the forward pass never reached layer {missing[0]!r}")
+        raise NeverReached(f"the forward pass never reached layer {missing[0]!r}")
     return {name: found[same.get(name, name)] for name in layers}
 
 
@@ -130,7 +134,7 @@ def tap(forward: Callable[[Tensor], Any], module: nn.Module, call: int, images: 
     with _attached([module.register_forward_hook(cut)]):
         answer = forward(images)
     if not kept:
-        raise ValueError("the forward pass never reached the layer")
+        raise NeverReached("the forward pass never reached the layer")
     return answer, kept[0]
 
 

@@ -143,12 +143,18 @@ class LoadedModel:
                 self.check_layer(name)
         return hooks.activations(self, self.modules, self.call_counts, layers, images, inputs, reduce)
 
-    def tap(self, images: Tensor, layer: str) -> tuple[Tensor, Tensor]:
-        """(logits, a layer's output), the logits being differentiable in the output and in nothing before it."""
+    def tap(self, images: Tensor, layer: str, forward: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """(logits, a layer's output), the logits being differentiable in the output and in nothing before it.
+
+        `forward` gives something else than the logits from a pass through the model; ConfigError where it ends before the layer.
+        """
         self.check_layer(layer)
         base, call = hooks.split_call(layer)
         with torch.enable_grad():
-            return hooks.tap(self, self.modules[base], call or self.call_counts[base], images)
+            try:
+                return hooks.tap(forward or self, self.modules[base], call or self.call_counts[base], images)
+            except hooks.NeverReached:
+                raise ConfigError(f"layer {layer!r} comes after what is asked of it; name an earlier layer") from None
 
     @cached_property
     def last_map(self) -> str:

@@ -50,6 +50,28 @@ class DigitsCNN(nn.Module):
         return self.classifier(self.features(x))
 
 
+class SmallCNN(nn.Module):
+    """Three convolutions with max pooling and one linear layer; for pictures of about 32 x 32."""
+
+    def __init__(self, channels: int = 3, size: int = 32, width: int = 12, classes: int = 2) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+        )
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(4 * width * (size // 8) ** 2, classes))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, classes)
+        return self.classifier(self.features(x))
+
+
 class _Block(nn.Module):
     """Two 3 x 3 convolutions with batch norm around a shortcut (He et al. 2015); its ReLU is functional."""
 

@@ -16,8 +16,8 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .errors import PluginError, did_you_mean, unknown
-from .technique import Technique
+from .errors import ConfigError, PluginError, did_you_mean, unknown
+from .technique import EveryMap, Technique, Use
 
 GROUP = hookspecs.PROJECT
 
@@ -94,6 +94,25 @@ class Plugins:
     def technique(self, name: str) -> type[Technique]:
         """The technique of that name, or an error with the nearest names and the plugins that failed to load."""
         return self._get("techniques", "technique", name, "`harness techniques`")
+
+    def uses(self, technique: Technique) -> list[Use]:
+        """What a technique builds on, `EveryMap` spelt out in the order of names."""
+        found: list[Use] = []
+        for use in technique.uses():
+            found += self._maps(use, technique.name) if isinstance(use, EveryMap) else [use]
+        return found
+
+    def _maps(self, wanted: EveryMap, asker: str) -> Iterator[Use]:
+        maps = {name: cls for name, cls in self.techniques.items() if cls.attribution}
+        for name in wanted.only:
+            if self.technique(name).name not in maps:
+                raise ConfigError(f"{asker}: {name!r} gives no map of a picture's pixels; there is {', '.join(maps)}")
+        for name in wanted.only or maps:
+            cls = maps[name]
+            params = dict(cls.draft if wanted.profile == "draft" else cls.audit.get(wanted.profile, {}))
+            if "target" in cls.model_fields:
+                params["target"] = wanted.target
+            yield Use(name, params, optional=True)
 
     def get(self, kind: str, name: str) -> Any:
         return self._get(kind, kind.removesuffix("s").replace("_", " "), name)

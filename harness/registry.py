@@ -88,9 +88,12 @@ class ModelEntry(_Entry):
 
 
 class DatasetEntry(_Entry):
-    """Where pictures come from: `folder:PATH`, `package:PACKAGE/PATTERN`, `digits:SPLIT`, `torchvision:NAME`."""
+    """Where pictures come from: `folder:PATH`, `package:PACKAGE/PATTERN`, `digits:SPLIT`, `torchvision:NAME`, `planted:DATASET`."""
 
     source: str
+    args: dict[str, Any] = {}  # what the source takes besides
+    masks: str = ""  # a folder of pictures, not black where an object or a suspected cue is
+    masks_show: str = ""  # what that is, in words
     classes: str | list[str] = ""
     split: Literal["train", "test", "all"] = "all"
     files: list[str] = []

@@ -30,7 +30,7 @@ from .paths import sha256_file
 from .plugins import Plugins
 from .record import DatasetFacts, ErrorFacts, MetricValue, ModelFacts, Record, Spool, Status, StoredRun, TechniqueFacts
 from .registry import Registry
-from .technique import Result, Technique
+from .technique import Result, Technique, Use, Used
 from .weights import weights_hash
 
 if TYPE_CHECKING:
@@ -76,7 +76,11 @@ class Planned:
     technique: Technique
     key: str
     dataset: Dataset | None
-    uses: tuple[tuple[str, Planned], ...] = ()  # (name of the use, run)
+    uses: tuple[tuple[Use, Planned], ...] = ()
+
+    def used(self) -> dict[str, Used]:
+        """What it builds on, by name."""
+        return {use.label: Used(plan.technique, plan.used()) for use, plan in self.uses}
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,14 @@ class Runner:
         technique = cls.build(spec.params)
         entry = self.registry.model(spec.model)
         dataset = self._select(spec, cls) if spec.dataset else None
-        wanted = technique.uses()
+        wanted = self.plugins.uses(technique)
         labels = [use.label for use in wanted]
         if len(set(labels)) < len(labels):
             raise HarnessError(f"technique {spec.technique!r} uses two results under one name; give each Use a `name`")
         # What is built on looks at the same pictures, whatever its own default would be.
         same = {"limit": spec.limit if spec.select else len(dataset)} if dataset is not None else {}
         uses = tuple(
-            (use.label, self.plan(spec.model_copy(update={"technique": use.technique, "params": dict(use.params), **same})))
-            for use in wanted
+            (use, self.plan(spec.model_copy(update={"technique": use.technique, "params": dict(use.params), **same}))) for use in wanted
         )
         if spec.model not in self._hashes:
             self._hashes[spec.model] = weights_hash(spec.model, entry)
@@ -152,7 +155,7 @@ class Runner:
             "device": device_kind(spec.device).partition(":")[0],
             "precision": spec.precision,
             "harness": MINOR,
-            "uses": [[label, u.key] for label, u in uses],
+            "uses": [[use.label, u.key] for use, u in uses],
         }
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return Planned(spec, technique, key, dataset, uses)
@@ -266,7 +269,10 @@ class Runner:
             if found is not None:
                 self.session.done[plan.key] = found
                 return Outcome(plan.spec, found, "reused")
-        used = {label: self._obtain(use, number, total) for label, use in plan.uses}
+        used = {use.label: self._obtain(planned, number, total) for use, planned in plan.uses}
+        lost = [use.label for use, _ in plan.uses if use.optional and used[use.label].failed]
+        if lost:  # what is made without them must not be taken for the whole another time
+            plan = replace(plan, key=hashlib.sha256("\0".join((plan.key, *lost)).encode()).hexdigest())
         self._tell("harness_run_started", spec=plan.spec, key=plan.key)
 
         def progress(what: str, done: int, of: int) -> None:
@@ -316,9 +322,11 @@ class Runner:
         class_count = 0
         with device_settings(spec.device, spec.precision) as facts:
             try:
-                broken = next((u for u in used.values() if u.run.record.status != "finished"), None)
+                optional = {use.label for use, _ in plan.uses if use.optional}
+                absent = {label: u for label, u in used.items() if u.run.record.status != "finished"}
+                broken = next((u for label, u in absent.items() if label not in optional), None)
                 if broken is not None:
-                    problem = broken.run.record.error.message if broken.run.record.error else broken.run.record.status
+                    problem = _reason(broken.run.record)
                     kind = NotApplicable if broken.run.record.status == "not_applicable" else HarnessError
                     raise kind(f"{broken.spec.technique}, which it builds on, has no result: {problem}")
                 model = self._loaded(spec)
@@ -401,7 +409,9 @@ class Runner:
             target=getattr(plan.technique, "target", "predicted"),
             seed=plan.spec.seed,
             max_batch=plan.spec.max_batch,
-            results={label: u.run.all_artifacts() for label, u in used.items()},
+            results={label: u.run.all_artifacts() for label, u in used.items() if u.run.record.status == "finished"},
+            used=plan.used(),
+            missing={label: _reason(u.run.record) for label, u in used.items() if u.run.record.status != "finished"},
             progress=progress,
         )
 
@@ -447,6 +457,11 @@ class Runner:
             license=entry.license,
             source=entry.source.partition(":")[0],
         )
+
+
+def _reason(record: Record) -> str:
+    """Why a run has no result."""
+    return record.error.message if record.error else record.status
 
 
 def _number(value: float) -> float | None:

@@ -39,6 +39,7 @@ class $cls(Technique):
     name = "$slug"
     family = "saliency"
     needs = frozenset({"images"})
+    attribution = "map"  # the map that faithfulness and the like judge
     reading = "How to read the picture."
     caveats = "What it does not show."
 

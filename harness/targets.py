@@ -6,7 +6,7 @@
     neuron:NAME:C,Y,X (or C for a vector)                  one unit of a layer
     path.to:function                                       function(logits (n, K)) -> (n,)
 
-A list gives each picture its own class.
+A list gives each picture its own class, or its own channel or neuron of one layer.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Target:
     classes: Tensor | None = None  # (N,) class indices
     layer: str | None = None
     unit: tuple[int, ...] = ()  # () whole layer, (C,) channel, (C, Y, X) neuron
+    units: Tensor | None = None  # (N, 1 or 3) one `unit` for each picture
     single: bool = False  # `unit` names one unit, not a channel
     function: Callable[[Tensor], Tensor] | None = None
 
@@ -49,6 +50,10 @@ class Target:
             return self.function(output)
         if self.classes is not None:
             return output.gather(1, self.classes[rows].unsqueeze(1)).squeeze(1)
+        if self.units is not None:
+            mine = self.units[rows]
+            picked = output[(torch.arange(len(output), device=output.device), *mine.unbind(1))]  # (n,) or (n, ...)
+            return picked if self.single else picked.flatten(1).mean(1)
         if not self.unit:
             return output.flatten(1).square().sum(1) / 2
         if not self.single:
@@ -75,6 +80,8 @@ def resolve(
     if isinstance(spec, list):
         if len(spec) != count:
             raise ConfigError(f"target: {len(spec)} targets for {count} pictures")
+        if any(_kind(s) for s in spec):
+            return _units(spec, model)
         return _classes(model, [_class(s, model, predicted, labels, i) for i, s in enumerate(spec)])
     text = str(spec)
     kind, _, rest = text.partition(":")
@@ -84,11 +91,30 @@ def resolve(
         if labels is None:
             raise NotApplicable("target 'labelled' needs labels that are classes of this model")
         return _classes(model, labels)
-    if kind in ("layer", "channel", "neuron") and rest:
+    if _kind(text):
         return _inner(kind, rest, model, count)
     if ":" in text and text not in model.classes:
         return _function(text, count)
     return _classes(model, [model.class_index(spec)] * count)
+
+
+def _kind(spec: str | int) -> str:
+    """'layer', 'channel' or 'neuron' for 'neuron:NAME:...' and the like; empty for classes and functions."""
+    kind, _, rest = str(spec).partition(":")
+    return kind if kind in ("layer", "channel", "neuron") and rest else ""
+
+
+def _units(specs: Sequence[str | int], model: LoadedModel) -> Target:
+    """A unit of one layer for each picture."""
+    kinds = {_kind(s) for s in specs}
+    if len(kinds) > 1 or not kinds <= {"channel", "neuron"}:
+        raise ConfigError("target: a list names classes, or channels of one layer, or neurons of one layer, for all pictures alike")
+    kind = kinds.pop()
+    found = [_inner(kind, str(s).partition(":")[2], model, 1) for s in specs]
+    if len({model.full_name(str(t.layer)) for t in found}) > 1:
+        raise ConfigError(f"target: the {kind}s of a list lie in one layer, not in {' and '.join(sorted({str(t.layer) for t in found}))}")
+    units = torch.tensor([t.unit for t in found], dtype=torch.int64, device=model.device)
+    return Target(tuple(t.labels[0] for t in found), layer=found[0].layer, units=units, single=kind == "neuron")
 
 
 def _class(spec: str | int, model: LoadedModel, predicted: Callable[[], Tensor], labels: Tensor | None, i: int) -> int:

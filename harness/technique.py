@@ -99,10 +99,32 @@ class Use:
     technique: str
     params: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    optional: bool = False  # without a result (not applicable, failed) it is left out and named in `ctx.missing`
 
     @property
     def label(self) -> str:
         return self.name or self.technique
+
+
+@dataclass(frozen=True)
+class EveryMap:
+    """Every installed technique that declares an `attribution`, third-party ones included, each as an optional Use.
+
+    Those named in `only` where there are any. `target` goes to the techniques that have such a parameter, and their other
+    parameters are those of the audit profile `profile` or, with 'draft', of their `draft`; their defaults where they have none.
+    """
+
+    target: TargetSpec = "predicted"
+    only: tuple[str, ...] = ()
+    profile: str = ""
+
+
+@dataclass(frozen=True)
+class Used:
+    """A technique whose result is at hand, and those it was built on."""
+
+    technique: Technique
+    uses: Mapping[str, Used] = field(default_factory=dict)
 
 
 class Technique(BaseModel):
@@ -117,8 +139,12 @@ class Technique(BaseModel):
     needs: ClassVar[frozenset[Need]] = frozenset()
     reading: ClassVar[str] = ""  # how to read the picture
     caveats: ClassVar[str] = ""  # what it does not show
+    # Name of the Heatmaps (N, H, W), one a picture, that say how much each pixel speaks for the target; techniques that
+    # judge maps find it by this name. Empty where there is none.
+    attribution: ClassVar[str] = ""
     # Parameters of its run in an audit of that profile; without an entry it is not part of the profile.
     audit: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    draft: ClassVar[Mapping[str, Any]] = {}  # cheaper parameters, for others that compute it many times
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -138,7 +164,7 @@ class Technique(BaseModel):
     def run(self, ctx: Context) -> Result:
         raise NotImplementedError  # a class without its own is refused when it is defined
 
-    def uses(self) -> Sequence[Use]:
+    def uses(self) -> Sequence[Use | EveryMap]:
         """Results of other techniques, found under `ctx.results[name of the use]`; each looks at the same pictures."""
         return ()
 

@@ -25,7 +25,7 @@ from .models import LoadedModel, load_model
 from .plugins import load_plugins
 from .registry import load_registry
 from .runner import check_needs
-from .technique import Result, Technique
+from .technique import Result, Technique, Used
 
 FACTORIES = (
     "arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
@@ -86,9 +86,9 @@ def global_seeds(seed: int) -> Iterator[Callable[[], bool]]:
         torch.set_rng_state(before[2])
 
 
-def small_dataset(count: int = 12) -> Dataset:
-    """Some of the digits, all classes among them."""
-    return load_dataset("digits", load_registry()).select(indices=range(count))
+def small_dataset(count: int = 12, name: str = "digits") -> Dataset:
+    """Some pictures of a dataset: of the digits, with all classes among them."""
+    return load_dataset(name, load_registry()).select(indices=range(count))
 
 
 def run_once(
@@ -100,9 +100,17 @@ def run_once(
 ) -> Result:
     """Run a technique as the runner would, with what it uses, but without a store."""
     results: dict[str, Mapping[str, Artifact]] = {}
-    for use in technique.uses():
-        other = load_plugins().technique(use.technique).build(use.params)
-        found = run_once(other, model, dataset, seed, max_batch)
+    missing: dict[str, str] = {}
+    plugins = load_plugins()
+    for use in plugins.uses(technique):
+        other = plugins.technique(use.technique).build(use.params)
+        try:
+            found = run_once(other, model, dataset, seed, max_batch)
+        except NotApplicable as reason:
+            if not use.optional:
+                raise
+            missing[use.label] = str(reason)
+            continue
         results[use.label] = {a.name: a for a in found.artifacts}
     ctx = Context(
         model,
@@ -115,9 +123,17 @@ def run_once(
         seed=seed,
         max_batch=max_batch,
         results=results,
+        used=_used(technique),
+        missing=missing,
     )
     check_needs(technique, ctx)
     return technique.run(ctx)
+
+
+def _used(technique: Technique) -> dict[str, Used]:
+    plugins = load_plugins()
+    others = {use.label: plugins.technique(use.technique).build(use.params) for use in plugins.uses(technique)}
+    return {label: Used(other, _used(other)) for label, other in others.items()}
 
 
 def same(a: Result, b: Result, rtol: float = 0.0, atol: float = 0.0) -> bool:
@@ -135,7 +151,9 @@ def same(a: Result, b: Result, rtol: float = 0.0, atol: float = 0.0) -> bool:
     return all(np.isclose(x.value, y.value, rtol=rtol, atol=atol) for x, y in zip(a.metrics, b.metrics, strict=True))
 
 
-def check_technique(cls: type[Technique], model_name: str = "digits_cnn", params: Mapping[str, Any] | None = None) -> list[str]:
+def check_technique(
+    cls: type[Technique], model_name: str = "digits_cnn", params: Mapping[str, Any] | None = None, dataset_name: str = "digits"
+) -> list[str]:
     """What is wrong with a technique; an empty list when it keeps the rules.
 
     Documented; parameters survive JSON and unknown ones are refused; the same seed gives the same result whatever the
@@ -160,7 +178,7 @@ def check_technique(cls: type[Technique], model_name: str = "digits_cnn", params
     else:
         problems.append("an unknown parameter is accepted")
 
-    model, dataset = load_model(model_name, load_registry()), small_dataset()
+    model, dataset = load_model(model_name, load_registry()), small_dataset(name=dataset_name)
     _ = model.as_loaded
     guard = DeviceGuard()
     try:
@@ -195,7 +213,22 @@ def check_technique(cls: type[Technique], model_name: str = "digits_cnn", params
     problems += [f"it left the model changed: {what}" for what in model.changes()]
     problems += sorted(set(guard.problems))
     problems += _survives(first.artifacts)
-    return problems
+    return problems + _attributes(cls, first, len(dataset), model)
+
+
+def _attributes(cls: type[Technique], result: Result, pictures: int, model: LoadedModel) -> list[str]:
+    """Whether the map that a technique declares is there, one a picture, as large as the pictures."""
+    if not cls.attribution:
+        return []
+    found: Any = next((a for a in result.artifacts if a.name == cls.attribution), None)
+    shape = (pictures, model.input.size, model.input.size)
+    if found is None or found.kind != "heatmaps":
+        return [f"`attribution` names {cls.attribution!r}, but its result has no such Heatmaps"]
+    if found.data.shape != shape:
+        return [
+            f"its attribution {cls.attribution!r} has shape {found.data.shape}, not {shape}: one map a picture, as large as the picture"
+        ]
+    return []
 
 
 def _survives(found: Sequence[Artifact]) -> list[str]:

@@ -90,15 +90,15 @@ def profile_techniques(plugins: Any, profile: str) -> dict[str, dict[str, Any]]:
     """{technique: parameters} of a profile; 'full' is every technique that is not only a means for others."""
     techniques = plugins.techniques
     if profile == "full":
-        means = {use.technique for cls in techniques.values() for use in _uses(cls)}
+        means = {use.technique for cls in techniques.values() for use in _uses(cls, plugins)}
         names = [n for n in techniques if n not in means or techniques[n].audit]
         return {n: dict(techniques[n].audit.get("full", techniques[n].audit.get("standard", {}))) for n in ordered(names, techniques)}
     return {n: dict(techniques[n].audit[profile]) for n in ordered([n for n in techniques if profile in techniques[n].audit], techniques)}
 
 
-def _uses(cls: Any) -> Sequence[Any]:
+def _uses(cls: Any, plugins: Any) -> Sequence[Any]:
     try:
-        return cls().uses()
+        return plugins.uses(cls())
     except ValueError:  # a parameter without default
         return ()
 

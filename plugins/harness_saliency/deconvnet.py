@@ -23,6 +23,7 @@ class Deconvnet(Technique):
     family = "saliency"
     paper = Paper("Zeiler, Fergus", 2014, "Visualizing and Understanding Convolutional Networks", arxiv="1311.2901")
     needs = frozenset({"images"})
+    attribution = "map"
     reading = (
         "As in guided backprop, but units that were silent send back as well: compare the two, which differ in the forward mask "
         "alone. Without it the picture is noisier for the deep layers of a network."

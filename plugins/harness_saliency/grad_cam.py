@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness import ConfigError, Heatmaps, Paper, Param, Result, TargetSpec, Technique
+from harness import Heatmaps, NotApplicable, Paper, Param, Result, TargetSpec, Technique
 
 from .measures import captions, concentration
+from .saliency import TARGET
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,8 @@ class GradCam(Technique):
     name = "grad_cam"
     family = "saliency"
     paper = Paper("Selvaraju, Cogswell, Das, Vedantam, Parikh, Batra", 2017, "Grad-CAM", arxiv="1610.02391")
-    needs = frozenset({"images", "conv", "classifier"})
+    needs = frozenset({"images", "conv"})
+    attribution = "grad_cam"
     reading = "Bright regions hold the deep features that raise the class score. It is coarse: a few positions a side, smoothly enlarged."
     caveats = (
         "It speaks for one layer: what that layer's maps do not separate, the map cannot show. Evidence against the class is "
@@ -31,14 +33,14 @@ class GradCam(Technique):
     )
     audit = {"full": {}}
 
-    target: TargetSpec = Param("predicted", description="what is explained: predicted, labelled, a class or path.to:function of the scores")
+    target: TargetSpec = Param("predicted", description=TARGET)
     layer: str = Param("", description="a layer with maps; none: the deepest before the class scores")
     relu: bool = Param(True, description="keep only what speaks for the class")
 
     def run(self, ctx: Context) -> Result:
         from torch.nn.functional import interpolate
 
-        layer = self.layer or ctx.model.last_maps
+        layer = self.layer or last_maps(ctx)
         coarse = self.attribute(ctx, layer)
         maps = interpolate(coarse[:, None], size=ctx.images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
         unit = "weighted activation"
@@ -62,15 +64,27 @@ class GradCam(Technique):
         """(N, h, w) the map at the layer's own size."""
         import torch
 
-        if ctx.target.layer is not None:
-            raise ConfigError("grad_cam.target: it explains class scores; name a class, not a layer's unit")
-        ctx.model.maps_shape(layer)
+        model, target = ctx.model, ctx.target
+        model.maps_shape(layer)
 
         def work(rows: slice) -> Tensor:
             with torch.enable_grad():
-                logits, maps = ctx.model.tap(ctx.images[rows], layer)
-                gradient = torch.autograd.grad(ctx.target.score(logits, rows).sum(), maps)[0]
+                output, maps = model.tap(ctx.images[rows], layer, lambda x: target.output(model, x))
+                gradient = torch.autograd.grad(target.score(output, rows).sum(), maps)[0]
             weighted = (gradient.mean((2, 3), keepdim=True) * maps.detach()).sum(1)
             return weighted.clamp(min=0) if self.relu else weighted
 
         return torch.cat(list(ctx.batched(len(ctx.images), work)))
+
+
+def last_maps(ctx: Context) -> str:
+    """The deepest layer with maps that the target stands on."""
+    model, end = ctx.model, ctx.target.layer
+    if end is None:
+        return model.last_maps
+    names = [name for name, _ in model.calls]
+    shapes = dict(model.calls)
+    for name in reversed(names[: names.index(model.full_name(end)) + 1]):
+        if len(shapes[name]) == 4 and shapes[name][2] * shapes[name][3] > 1 and name not in model.channels_behind:
+            return name
+    raise NotApplicable(f"needs a layer with maps at or before {end!r}; {model.name!r} has none")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness import Context
+    from harness.targets import Target
 
 CAVEATS = (
     "The picture hardly depends on what the network has learnt: with random weights in its last layers it looks much the same "
@@ -32,6 +33,7 @@ class GuidedBackprop(Technique):
         "Springenberg, Dosovitskiy, Brox, Riedmiller", 2015, "Striving for Simplicity: The All Convolutional Net", arxiv="1412.6806"
     )
     needs = frozenset({"images"})
+    attribution = "map"
     reading = (
         "The coloured picture shows the change of each pixel and colour that speaks for the class by way of positive evidence "
         "alone: outlines and textures of the parts that excite the network."
@@ -51,9 +53,6 @@ def explain(ctx: Context, rule: Literal["guided", "deconvnet"], values: str, cha
     """Maps and coloured pictures of the gradient under a rule for ReLU."""
     gradient = rule_gradient(ctx, rule)
     maps = reduce_channels(gradient, values, channels)
-    # A few pixels stand far out: the scale ends where all but one in two hundred values are below.
-    size = gradient.abs().flatten(1).float().quantile(0.995, dim=1).to(gradient.dtype).view(-1, 1, 1, 1)
-    coloured = (0.5 + gradient / (2 * size.clamp_min(1e-30))).clamp(0, 1)
     names = captions(ctx)
     artifacts: list[Any] = [
         Heatmaps(
@@ -64,25 +63,33 @@ def explain(ctx: Context, rule: Literal["guided", "deconvnet"], values: str, cha
         artifacts.append(
             Images(
                 "colour",
-                coloured,
+                coloured(gradient),
                 captions=names,
                 columns=4,
-                exact=coloured.shape[-1] < 64,
+                exact=gradient.shape[-1] < 64,
                 caption="Grey is zero; each on its own scale, cut at the 99.5th percentile.",
             )
         )
     return Result(artifacts, [concentration(maps)], zero_notes(maps, ctx.ids))
 
 
-def rule_gradient(ctx: Context, rule: Literal["guided", "deconvnet"]) -> Tensor:
+def coloured(gradient: Tensor) -> Tensor:
+    """Gradients (N, C, H, W) as pictures: grey is zero, each on its own scale."""
+    # A few pixels stand far out: the scale ends where all but one in two hundred values are below.
+    size = gradient.abs().flatten(1).float().quantile(0.995, dim=1).to(gradient.dtype).view(-1, 1, 1, 1)
+    return (0.5 + gradient / (2 * size.clamp_min(1e-30))).clamp(0, 1)
+
+
+def rule_gradient(ctx: Context, rule: Literal["guided", "deconvnet"], images: Tensor | None = None, target: Target | None = None) -> Tensor:
     """(N, C, H, W) gradient of each picture's target with every ReLU's backward pass replaced.
 
-    NotApplicable where the network has other nonlinearities, of which the rules say nothing, or no ReLU at all.
+    Of the run's own pictures and target unless others are given. NotApplicable where the network has other nonlinearities, of
+    which the rules say nothing, or no ReLU at all.
     """
     from harness.hooks import relu_backward
 
     with relu_backward(rule) as seen:
-        gradient = ctx.input_gradient()
+        gradient = ctx.input_gradient(images, target)
     if seen.others:
         raise NotApplicable(f"needs a network whose nonlinearities are ReLU; {ctx.model.name!r} uses {', '.join(sorted(seen.others))}")
     if not seen.count:

@@ -6,7 +6,7 @@ import numpy as np
 
 from harness import Heatmaps, Metric, Paper, Param, Result, TargetSpec, Technique
 
-from .measures import captions, concentration, zero_notes
+from .measures import captions, completeness, concentration, zero_notes
 from .saliency import TARGET, reduce_channels
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class IntegratedGradients(Technique):
     family = "saliency"
     paper = Paper("Sundararajan, Taly, Yan", 2017, "Axiomatic Attribution for Deep Networks", arxiv="1703.01365")
     needs = frozenset({"images"})
+    attribution = "integrated_gradients"
     reading = (
         "Bright pixels carry much of the difference between the picture's score and the baseline's (with values signed: red for, "
         "blue against). The completeness error says how far their sum is off: a few percent is fine, more asks for more steps."
@@ -37,6 +38,7 @@ class IntegratedGradients(Technique):
         "on the way without mattering at the picture."
     )
     audit = {"full": {}}
+    draft = {"steps": 16}
 
     target: TargetSpec = Param("predicted", description=TARGET)
     steps: int = Param(50, ge=1, le=10_000, description="points on the way at which the gradient is taken")
@@ -50,10 +52,7 @@ class IntegratedGradients(Technique):
         x = ctx.images
         start = baseline(ctx, self.baseline)
         shares = self.attribute(ctx, start)
-        score, base = (self._scores(ctx, images) for images in (x, start))
-        total = shares.flatten(1).sum(1)
-        difference = score - base
-        error = ((total - difference).abs() / difference.abs().clamp_min(1e-12)).tolist()
+        error = completeness(shares, scores(ctx, x) - scores(ctx, start))
         maps = reduce_channels(shares, self.values, "sum")
         found = Heatmaps("integrated_gradients", maps, captions=captions(ctx), signed=self.values == "signed", unit="share of the score")
         metrics = [
@@ -74,14 +73,16 @@ class IntegratedGradients(Technique):
             total = total + weight * ctx.input_gradient(start + point * (x - start), target)
         return (x - start) * total
 
-    def _scores(self, ctx: Context, images: Tensor) -> Tensor:
-        import torch
 
-        def score(rows: slice) -> Tensor:
-            with torch.no_grad():
-                return ctx.target.score(ctx.target.output(ctx.model, images[rows]), rows)
+def scores(ctx: Context, images: Tensor) -> Tensor:
+    """(N,) each picture's target in `images` (N, C, H, W), which stand in for the pictures."""
+    import torch
 
-        return torch.cat(list(ctx.batched(len(images), score)))
+    def score(rows: slice) -> Tensor:
+        with torch.no_grad():
+            return ctx.target.score(ctx.target.output(ctx.model, images[rows]), rows)
+
+    return torch.cat(list(ctx.batched(len(images), score)))
 
 
 def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:

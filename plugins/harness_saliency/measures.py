@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from harness import Metric
 
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness import Context
+    from harness.targets import Rows, Target
+
+Scored = Literal["probability", "score"]
+SCORED = "what is measured: the class probability (the score where the target is no class), or the unnormalised score"
 
 
 def gini(maps: Tensor) -> Tensor:
@@ -35,6 +39,12 @@ def concentration(maps: Tensor) -> Metric:
     return Metric("concentration", sum(values) / len(values), per_image=values, about=about)
 
 
+def completeness(shares: Tensor, difference: Tensor) -> list[float]:
+    """For each picture |sum of the shares (N, C, H, W) - difference (N,)| over |difference|."""
+    error = (shares.flatten(1).sum(1) - difference).abs() / difference.abs().clamp_min(1e-12)
+    return error.tolist()
+
+
 def captions(ctx: Context) -> list[str]:
     """'explains flamingo, p = 0.98' for each picture."""
     target = ctx.target
@@ -52,3 +62,14 @@ def zero_notes(maps: Tensor, ids: Sequence[str]) -> list[str]:
         for name, zero in zip(ids, flat, strict=True)
         if zero
     ]
+
+
+def answer(target: Target, output: Tensor, rows: Rows, scored: Scored) -> Tensor:
+    """(n,) the probability or the score of the target."""
+    chance = target.probability(output, rows) if scored == "probability" else None
+    return target.score(output, rows) if chance is None else chance
+
+
+def unit_of(scored: Scored, ctx: Context) -> str:
+    """What `answer` measures, in a word."""
+    return "probability" if scored == "probability" and ctx.target.classes is not None else "score"

@@ -31,6 +31,7 @@ class Occlusion(Technique):
     family = "saliency"
     paper = Paper("Zeiler, Fergus", 2014, "Visualizing and Understanding Convolutional Networks", arxiv="1311.2901")
     needs = frozenset({"images"})
+    attribution = "occlusion"
     reading = (
         "Red regions lower the score when they are covered: the model used them. Blue regions raise it: they spoke against the "
         "class. The scale says by how much."
@@ -40,6 +41,7 @@ class Occlusion(Technique):
         "stand in for one another both look unimportant. Nothing smaller than the window is resolved."
     )
     audit = {"quick": {"window": 0.2, "stride": 0.2}, "standard": {}, "full": {"stride": 0.036}}
+    draft = {"window": 0.2, "stride": 0.2}
 
     target: TargetSpec = Param(
         "predicted", description="what is explained: predicted, labelled, a class, layer:NAME, channel:NAME:C, neuron:NAME:C,Y,X"

@@ -24,6 +24,7 @@ class Saliency(Technique):
     family = "saliency"
     paper = Paper("Simonyan, Vedaldi, Zisserman", 2013, "Deep Inside Convolutional Networks", arxiv="1312.6034")
     needs = frozenset({"images"})
+    attribution = "saliency"
     reading = (
         "Bright pixels are those where a small change moves the score most. Look for whether they gather on the object, "
         "on its outline, or somewhere else; single bright pixels mean little, patches of them do."

@@ -24,12 +24,14 @@ class Smoothgrad(Technique):
     family = "saliency"
     paper = Paper("Smilkov, Thorat, Kim, Viegas, Wattenberg", 2017, "SmoothGrad: removing noise by adding noise", arxiv="1706.03825")
     needs = frozenset({"images"})
+    attribution = "smoothgrad"
     reading = "As a saliency map, with less speckle: what stays bright moves the score in the whole neighbourhood of the picture."
     caveats = (
         "The noise is part of the answer: more of it smooths more, and looks at pictures the network was not trained on. Clean "
         "looks are not correctness."
     )
     audit = {"full": {}}
+    draft = {"samples": 8}
 
     target: TargetSpec = Param("predicted", description=TARGET)
     samples: int = Param(25, ge=1, le=10_000, description="noisy copies averaged a picture")

@@ -59,19 +59,26 @@ def _pixels(draw: Any, width: float, height: float) -> np.ndarray:
 
 def curve(artifact: Curve) -> bytes:
     def draw(figure: Any) -> None:
+        import matplotlib
+
         axes = figure.add_subplot()
-        for label, line in artifact.lines.items():
-            axes.plot(artifact.x, line, label=label, linewidth=1.4)
+        many = len(artifact.lines) > 10
+        colours = matplotlib.colormaps["tab20" if many else "tab10"](range(20 if many else 10))
+        for i, (label, line) in enumerate(artifact.lines.items()):
+            style = "-" if i < len(colours) else "--"
+            axes.plot(artifact.x, line, label=label, linewidth=1.4, color=colours[i % len(colours)], linestyle=style)
         axes.set(
             xlabel=artifact.x_label,
             ylabel=artifact.y_label,
             xscale="log" if artifact.log_x else "linear",
             yscale="log" if artifact.log_y else "linear",
         )
-        if 1 < len(artifact.lines) <= 12:
+        if 6 < len(artifact.lines) <= 40:  # they would cover the lines
+            axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=1 + (len(artifact.lines) > 20))
+        elif len(artifact.lines) > 1:
             axes.legend(frameon=False, fontsize=8)
 
-    return _vector(draw)
+    return _vector(draw, height=2.8 if len(artifact.lines) <= 14 else 3.6)
 
 
 def scatter(artifact: Scatter) -> np.ndarray:

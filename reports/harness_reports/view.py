@@ -217,7 +217,8 @@ def _summary(section: Section, models: Sequence[str], runs: Sequence[StoredRun])
         failed = [r for r in mine if r.status == "failed"]
         first = failed[0] if failed else mine[0]
         if first.status == "finished":
-            text = "; ".join(f"{words(m.name)} {number(m.value, m.unit)}" for m in first.metrics[:3]) or "done"
+            whole = [m for m in first.metrics if "." not in m.name] or first.metrics
+            text = "; ".join(f"{words(m.name)} {number(m.value, m.unit)}" for m in whole[:3]) or "done"
         else:
             text = first.error.message.splitlines()[0] if first.error else first.status
         if len(mine) > 1:
@@ -292,7 +293,9 @@ def _dataset_line(record: Record) -> str:
 
 def _metrics(runs: Sequence[StoredRun]) -> list[MetricRow]:
     rows = []
-    for name in unique([m.name for r in runs for m in r.record.metrics]):
+    # 'deletion.saliency' and the like are parts of a table; side by side they serve to compare models.
+    alone = len(runs) == 1
+    for name in unique([m.name for r in runs for m in r.record.metrics if not (alone and "." in m.name)]):
         found: list[MetricValue | None] = [r.record.metric(name) for r in runs]
         first = next(m for m in found if m is not None)
         values = [m.value if m is not None else None for m in found]
@@ -370,9 +373,11 @@ def _tile(pixels: np.ndarray, caption: str, alt: str, exact: bool, assets: Asset
 
 def _heatmaps(record: Record, artifact: Heatmaps, inputs: Artifact | None, assets: Assets) -> Panel:
     ends = [colour.limit(m, artifact.signed) for m in artifact.data]
-    if artifact.columns:
+    if artifact.columns and not artifact.captions:
         return _map_sheet(record, artifact, ends, assets)
     over = artifact.over or ()  # set when an artifact is built
+    if artifact.columns:
+        return _map_row(record, artifact, ends, inputs, assets)
     if artifact.shared_scale:
         ends = [max(ends)] * len(ends)
     below = inputs if isinstance(inputs, Images) and over else None
@@ -398,6 +403,30 @@ def _heatmaps(record: Record, artifact: Heatmaps, inputs: Artifact | None, asset
     high = number(ends[0]) if artifact.shared_scale else OWN_SCALE
     legend = Legend("-" if artifact.signed else "0", high, artifact.unit, artifact.signed)
     return Panel(record.model.name, _rows(tiles, 3 if below else 5), legend=legend)
+
+
+def _map_row(record: Record, artifact: Heatmaps, ends: list[float], inputs: Artifact | None, assets: Assets) -> Panel:
+    """Several maps of one picture in a grid that starts with the picture."""
+    tiles: list[Tile | None] = []
+    over = set(artifact.over or ())
+    if isinstance(inputs, Images) and len(over) == 1:
+        name = inputs.captions[min(over)] if inputs.captions else ""
+        shown = colour.picture(inputs.data[min(over)])
+        tiles.append(_tile(_enlarged(shown, 96), name, f"the picture {name}", min(shown.shape[:2]) < SMALL, assets))
+    for values, end, text in zip(artifact.data, ends, artifact.captions, strict=True):
+        drawn = colour.balance(values, end, None) if artifact.signed else colour.heat(values, end)
+        alt = f"{words(artifact.name)} of {record.model.name}: {text}"
+        tiles.append(_tile(_enlarged(drawn, 96), text, alt, min(values.shape) < SMALL, assets))
+    tiles += [None] * (artifact.columns - len(tiles))
+    return Panel(
+        record.model.name,
+        _rows(tiles, artifact.columns),
+        legend=Legend("-" if artifact.signed else "0", OWN_SCALE, artifact.unit, artifact.signed),
+    )
+
+
+def _enlarged(pixels: np.ndarray, least: int) -> np.ndarray:
+    return colour.enlarge(pixels, least) if min(pixels.shape[:2]) < SMALL else pixels
 
 
 def _map_sheet(record: Record, artifact: Heatmaps, ends: list[float], assets: Assets) -> Panel:

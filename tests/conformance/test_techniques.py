@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness import Heatmaps, Metric, Param, Result, Technique
+from harness.models import load_model
 from harness.plugins import load_plugins
 from harness.testing import check_technique, run_once, small_dataset
 
@@ -17,8 +18,15 @@ TECHNIQUES = load_plugins().techniques
 SMALL = {
     "class_visualization": {"steps": 4, "classes": [3, 5]},
     "tsne_map": {"iterations": 250, "seeds": 1, "perplexity": [3]},
+    "rise": {"masks": 60},
+    "lime": {"samples": 60},
+    "faithfulness": {"techniques": ["saliency", "grad_cam"], "cells": 4, "oracle_rounds": 2},
+    "saliency_comparison": {"techniques": ["saliency", "occlusion"]},
+    "sanity_checks": {"techniques": ["saliency", "guided_backprop"], "stages": 2},
+    "bias_probe": {"techniques": ["saliency", "guided_backprop"]},
 }
-MODELS = {"linear_templates": ["digits_linear"]}
+MODELS = {"linear_templates": ["digits_linear"], "bias_probe": ["snow_cnn"]}
+DATASETS = {"bias_probe": "snow_test"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,7 +34,7 @@ ROOT = Path(__file__).parents[2]
     ("name", "model"), [(name, model) for name in TECHNIQUES for model in MODELS.get(name, ["digits_cnn", "digits_resnet"])]
 )
 def test_keeps_the_rules(name, model):
-    assert check_technique(TECHNIQUES[name], model, SMALL.get(name)) == []
+    assert check_technique(TECHNIQUES[name], model, SMALL.get(name), DATASETS.get(name, "digits")) == []
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
@@ -38,14 +46,17 @@ def test_says_where_it_comes_from_and_what_it_does_not_show(name):
         assert cls.caveats
 
 
-@pytest.mark.parametrize("name", [n for n, c in TECHNIQUES.items() if "images" in c.needs])
+# bias_probe gives no map of its own, one a picture.
+@pytest.mark.parametrize("name", [n for n, c in TECHNIQUES.items() if "images" in c.needs and n not in DATASETS])
 def test_one_picture_alone_gets_what_it_gets_in_a_batch(name, digits_cnn):
     technique = TECHNIQUES[name].build(SMALL.get(name, {}))
-    together = run_once(technique, digits_cnn, small_dataset(4))
-    alone = run_once(technique, digits_cnn, small_dataset(4).select(indices=[2]))
-    for a, b in zip(together.artifacts, alone.artifacts, strict=True):
-        if not (isinstance(a, Heatmaps) and a.over):
-            continue  # belongs to all pictures together
+    data = small_dataset(4)
+    together, alone = (run_once(technique, digits_cnn, some) for some in (data, data.select(indices=[2])))
+    single = {b.name: b for b in alone.artifacts}
+    for a in together.artifacts:
+        if not (isinstance(a, Heatmaps) and a.over == (0, 1, 2, 3)):
+            continue  # not one a picture: belongs to all together, or to one of them
+        b = single[a.name]
         torch.testing.assert_close(torch.tensor(a.data[2]), torch.tensor(b.data[0]), rtol=1e-4, atol=1e-5)
 
 
@@ -65,11 +76,11 @@ def test_has_a_reference_case(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_gives_the_same_on_a_gpu(name, registry):
-    from harness.models import load_model
     from harness.testing import same
 
     technique = TECHNIQUES[name].build(SMALL.get(name, {}))
-    results = [run_once(technique, load_model("digits_cnn", registry, device), small_dataset()) for device in ("cpu", "cuda")]
+    model, data = MODELS.get(name, ["digits_cnn"])[0], small_dataset(name=DATASETS.get(name, "digits"))
+    results = [run_once(technique, load_model(model, registry, device), data) for device in ("cpu", "cuda")]
     assert same(*results, rtol=1e-2, atol=1e-3)
 
 

@@ -221,6 +221,27 @@ def test_by_hand():
     torch.testing.assert_close(found, torch.einsum("k,nkhw->nhw", net_[4].weight[1], active) / 36)
 
 
+def test_a_channel_inside_and_a_callable_are_explained(digits_cnn):
+    """For a neuron of a later layer the weights are its own gradients; for itself a layer's map is the rectified square."""
+    ctx = context(digits_cnn, 2, target="neuron:classifier.1:7")
+    found = GradCam(layer="features.3", relu=False).attribute(ctx, "features.3")
+    output = digits_cnn.activations(ctx.images, ["features.3"])["features.3"].requires_grad_()
+    rest = digits_cnn.module.classifier[:2](digits_cnn.module.features[4:](output))[:, 7]
+    gradient = torch.autograd.grad(rest.sum(), output)[0]
+    torch.testing.assert_close(found, (gradient.mean((2, 3), keepdim=True) * output).sum(1).detach())
+    own = context(digits_cnn, 2, target="layer:features.3")
+    found = GradCam(layer="features.3", relu=False).attribute(own, "features.3")
+    torch.testing.assert_close(found, (output.mean((2, 3), keepdim=True) * output).sum(1).detach())
+    assert GradCam().run(own).artifacts[0].caption.startswith("features.3")  # the deepest layer that the target stands on
+    summed = context(digits_cnn, 2, target=f"{__name__}:margin")
+    two = [GradCam(layer="features.3", relu=False).attribute(context(digits_cnn, 2, target=c), "features.3") for c in (3, 5)]
+    torch.testing.assert_close(GradCam(layer="features.3", relu=False).attribute(summed, "features.3"), two[0] - two[1])
+
+
+def margin(logits):
+    return logits[:, 3] - logits[:, 5]
+
+
 def test_the_model_is_left_alone_and_batches_do_not_matter(digits_cnn):
     before = digits_cnn.state()
     one, several = (GradCam().attribute(context(digits_cnn, 5, max_batch=b), "features.6") for b in (32, 2))
@@ -229,8 +250,8 @@ def test_the_model_is_left_alone_and_batches_do_not_matter(digits_cnn):
 
 
 def test_what_grad_cam_says(digits_cnn):
-    with pytest.raises(ConfigError, match="explains class scores"):
-        GradCam(target="layer:features.0").run(context(digits_cnn, target="layer:features.0"))
+    with pytest.raises(ConfigError, match=r"layer 'features\.6' comes after"):
+        GradCam(layer="features.6").run(context(digits_cnn, target="layer:features.0"))
     with pytest.raises(NotApplicable, match="needs a layer with maps"):
         GradCam(layer="classifier.1").run(context(digits_cnn))
     with pytest.raises(ConfigError, match="no layer 'features.9'"):

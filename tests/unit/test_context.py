@@ -126,6 +126,39 @@ def test_auto_takes_cuda_then_mps_then_cpu(monkeypatch):
         assert device_kind("auto") == expected
 
 
+def test_each_picture_may_have_its_own_unit(digits_cnn):
+    """A list of neurons, or of channels, of one layer gives each picture what it would get alone, in any batch."""
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for specs in (
+        ["neuron:features.3:5,2,3", "neuron:features.3:0,7,7", "neuron:features.3:31,0,1"],
+        ["channel:features.3:4", "channel:features.3:0", "channel:features.3:9"],
+        ["neuron:classifier.1:4", "neuron:classifier.1:0", "neuron:classifier.1:9"],
+    ):
+        together = Context(digits_cnn, images=images, ids=["a", "b", "c"], target=specs, max_batch=2)
+        alone = [
+            Context(digits_cnn, images=images[i, None], ids=[n], target=s).input_gradient()
+            for i, (n, s) in enumerate(zip("abc", specs, strict=True))
+        ]
+        torch.testing.assert_close(together.input_gradient(), torch.cat(alone))
+        assert together.target.labels[1] == specs[1].replace(":", " ", 1)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["neuron:features.3:5,2,3", 4], "a list names classes, or channels"),
+        (["neuron:features.3:5,2,3", "channel:features.3:5"], "a list names classes, or channels"),
+        (["channel:features.3:5", "channel:features.0:5"], r"lie in one layer, not in features\.0 and features\.3"),
+        (["channel:features.3:5", "channel:features.3:99"], "counted from 0"),
+        (["channel:features.3:5"], "1 targets for 2 pictures"),
+    ],
+)
+def test_lists_of_units_that_make_no_sense(specs, message, digits_cnn):
+    ctx = Context(digits_cnn, images=torch.zeros(2, 1, 8, 8), ids=["a", "b"], target=specs)
+    with pytest.raises(ConfigError, match=message):
+        _ = ctx.target
+
+
 def test_switches_are_set_during_a_run_and_put_back():
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     with pytest.raises(KeyError), device_settings("cpu") as facts:

@@ -292,3 +292,46 @@ def test_a_file_name_that_is_not_utf8_still_has_an_id(tmp_path, registry):
     data = load_dataset(str(folder), registry)
     assert list(data.ids) == ["caf\\xe9.png"]
     assert data.get(0).size == (8, 8)
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------------
+
+
+def masked(tmp_path, masks, **more):
+    """A registered folder of two pictures, 40 x 60, with a folder of masks."""
+    from harness.registry import load_registry
+
+    for folder, files in (("pictures/a", {"one.png": None, "two.png": None}), ("masks/a", masks)):
+        (tmp_path / folder).mkdir(parents=True)
+        for name, pixels in files.items():
+            array = np.arange(40 * 60, dtype=np.uint8).reshape(40, 60) if pixels is None else pixels
+            Image.fromarray(array).save(tmp_path / folder / name)
+    (tmp_path / "r.yaml").write_text("datasets: {mine: {source: 'folder:pictures', masks: masks, masks_show: snow}}")
+    return load_dataset("mine", load_registry([tmp_path / "r.yaml"]))
+
+
+def test_masks_are_cut_as_their_pictures_are(tmp_path):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[:, :30] = 255
+    data = masked(tmp_path, {"two.jpg": mask})
+    found = data.masks(InputSpec(channels=1, size=20))
+    assert found.shape == (2, 20, 20)
+    assert not found[0].any()  # a picture without a mask
+    assert found[1, :, :10].mean() > 0.9  # the crop is centred
+    assert not found[1, :, 11:].any()
+    assert data.marks.shows == "snow"
+    assert np.array_equal(data.select(indices=[1]).masks(InputSpec(channels=1, size=20))[0], found[1])
+    assert data.select(indices=[1]).select(indices=[0]).whole is data
+
+
+def test_masks_belong_to_the_fingerprint(tmp_path):
+    one, other = (masked(tmp_path / str(v), {"one.png": np.full((40, 60), v, np.uint8)}) for v in (0, 255))
+    assert one.fingerprint != other.fingerprint
+
+
+def test_masks_that_do_not_fit(tmp_path):
+    data = masked(tmp_path, {"one.png": np.zeros((40, 61), np.uint8)})
+    with pytest.raises(DataError, match="the mask is 61 x 40, its picture 60 x 40"):
+        data.masks(InputSpec(channels=1, size=20))
+    with pytest.raises(DataError, match="no mask in .* has the name of a picture"):
+        masked(tmp_path / "x", {"three.png": np.zeros((40, 60), np.uint8)})

@@ -117,6 +117,23 @@ class OnPictures(Technique):
         )
 
 
+class Judge(Technique):
+    """Builds on two maps, if they are there."""
+
+    name = "judge"
+    needs = frozenset({"images"})
+    act: str = Param("work", description="what the first of them does")
+
+    def uses(self):
+        return (Use("probe", {"act": self.act}, "first", optional=True), Use("probe", {}, "second", optional=True))
+
+    def run(self, ctx):
+        CALLS.append("judge")
+        again = ctx.again("second", rows=[1])["map"].data
+        assert np.array_equal(again[0], ctx.results["second"]["map"].data[1])  # the same seed, the same picture
+        return Result([], [Metric("found", len(ctx.results))], [f"{k}: {v}" for k, v in ctx.missing.items()])
+
+
 class Labels(Technique):
     """Needs labels."""
 
@@ -140,7 +157,7 @@ class Maps(Technique):
 @pytest.fixture(scope="module")
 def mine():
     made = types.ModuleType("made")
-    made.harness_techniques = hookimpl(lambda: [Probe, Base, Above, Twice, OnPictures, Labels, Maps])
+    made.harness_techniques = hookimpl(lambda: [Probe, Base, Above, Twice, OnPictures, Labels, Maps, Judge])
     return discover([*_installed(), (Origin("mine", "0.3", "mine"), lambda: made)])
 
 
@@ -537,3 +554,22 @@ def test_tracking_costs_little(go):
     _, outcomes = go(*[("probe", {"act": f"work {i}"}) for i in range(20)])
     spent = time.monotonic() - begun - sum(o.run.record.seconds for o in outcomes)
     assert spent / 20 < 0.5  # `make bench` measures it; this only guards against a blunder
+
+
+def test_an_optional_use_may_be_not_applicable(go):
+    _, outcomes = go(("judge", {"act": "not applicable"}))
+    record = outcomes[0].run.record
+    assert record.status == "finished"
+    assert record.metric("found").value == 1
+    assert record.notes == ["first: needs something else"]
+    go(("judge", {"act": "not applicable"}))
+    assert CALLS == []  # reused
+
+
+def test_what_was_made_without_a_failed_use_is_not_taken_for_the_whole(go):
+    _, outcomes = go(("judge", {"act": "fail"}))
+    assert outcomes[0].run.record.status == "finished"
+    assert outcomes[0].run.record.notes == ["first: ZeroDivisionError: as asked"]
+    _, outcomes = go(("judge", {"act": "fail"}))
+    assert CALLS[0] == "fail"  # tried again
+    assert outcomes[0].run.record.metric("found").value == 1

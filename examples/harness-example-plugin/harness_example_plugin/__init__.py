@@ -13,6 +13,7 @@ class NoisyGradient(Technique):
     family = "saliency"
     paper = Paper("Smilkov, Thorat, Kim, Viegas, Wattenberg", 2017, "SmoothGrad: removing noise by adding noise", arxiv="1706.03825")
     needs = frozenset({"images"})
+    attribution = "map"  # faithfulness, sanity_checks and saliency_comparison judge it
     reading = "As for saliency, with less speckle: bright regions are where the score reacts to changes, noise or no noise."
     caveats = "The noise decides how smooth the map is; too much of it explains another picture than the one shown."
     audit = {"standard": {"samples": 8}}

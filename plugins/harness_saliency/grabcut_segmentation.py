@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from harness import ConfigError, EveryMap, Heatmaps, Images, Metric, NotApplicable, Paper, Param, Result, TargetSpec, Technique
+
+from .measures import captions
+from .saliency import TARGET
+
+if TYPE_CHECKING:
+    from harness import Context
+
+BACKGROUND, FOREGROUND, MAYBE_BACKGROUND, MAYBE_FOREGROUND = range(4)  # OpenCV's names for them: GC_BGD, GC_FGD, ...
+OUTLINE = (1.0, 0.15, 0.1)
+
+
+class GrabcutSegmentation(Technique):
+    """The object of a picture cut out without a label for any pixel: the brightest pixels of a saliency map are taken for the
+    object's and the darkest for background, and a colour model with a graph cut decides the rest
+    (Simonyan et al. 2013, arXiv:1312.6034, sec. 3.2; GrabCut: Rother et al. 2004, doi:10.1145/1015706.1015720).
+
+    Seeds are all pixels at or above the 95 % quantile and at or below the 30 % quantile of a map, smoothed first; of several
+    techniques' maps the geometric mean. Pieces of the cut without a seed of the object are dropped. Where the dataset has masks
+    of the objects, the overlap is measured. Cost: the maps', and the cut on the CPU.
+    """
+
+    name = "grabcut_segmentation"
+    family = "saliency"
+    paper = Paper("Simonyan, Vedaldi, Zisserman", 2013, "Deep Inside Convolutional Networks", arxiv="1312.6034")
+    needs = frozenset({"images"})
+    reading = (
+        "The outline should follow the object that the model names. Seeds: red is taken for the object, blue for background, the "
+        "rest is decided by colour."
+    )
+    caveats = (
+        "The cut knows colours, not objects: where object and background share theirs it leaks, and of several objects it may take "
+        "one. It is a help for annotation, not a segmentation to rely on."
+    )
+    audit = {"full": {}}
+
+    target: TargetSpec = Param("predicted", description=TARGET)
+    maps: tuple[str, ...] = Param(
+        ("guided_backprop", "smoothgrad"), min_length=1, description="techniques whose maps give the seeds; of several the geometric mean"
+    )
+    smooth: float = Param(0.03, ge=0, le=0.5, description="Gaussian blur of the map before, as a share of the picture's shorter side")
+    foreground: float = Param(0.95, gt=0, lt=1, description="quantile of the map from which on a pixel is taken for the object")
+    background: float = Param(0.30, gt=0, lt=1, description="quantile up to which it is taken for background")
+    iterations: int = Param(5, ge=1, le=100, description="rounds of colour model and cut")
+    seeds: Literal["sure", "likely"] = Param("sure", description="sure: seeds stay what they are; likely: the cut may change them")
+
+    whole: bool = Param(True, description="drop pieces of the cut that hold no seed of the object")
+
+    def uses(self) -> list[EveryMap]:
+        return [EveryMap(self.target, self.maps)]
+
+    def run(self, ctx: Context) -> Result:
+        if self.background >= self.foreground:
+            raise ConfigError("grabcut_segmentation: `background` must lie below `foreground`")
+        maps = self.smoothed(ctx)
+        pixels = (ctx.images.cpu().float().numpy().transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+        pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
+        trimaps, cuts, notes = [], [], []
+        for name, values, picture in zip(ctx.ids, maps, pixels, strict=True):
+            seeds = self.trimap(values)
+            if not (seeds == FOREGROUND).any() or not (seeds == BACKGROUND).any():
+                notes.append(f"{name}: the map is too flat for seeds of both kinds; nothing is cut out")
+                cuts.append(np.zeros(values.shape, dtype=bool))
+            else:
+                cuts.append(self.cut(picture, seeds))
+            trimaps.append(seeds)
+        return self._result(ctx, pixels, np.stack(trimaps), np.stack(cuts), notes)
+
+    def smoothed(self, ctx: Context) -> np.ndarray:
+        """(N, H, W) the map's strength in favour of the target, blurred."""
+        from harness.optimise import gaussian_blur
+
+        found = list(ctx.attributions().values())
+        if not found:
+            why = "; ".join(f"{name}: {reason}" for name, reason in ctx.missing.items())
+            raise NotApplicable(f"needs a map for its seeds, and none has a result ({why}); name another in `maps`")
+        strength: Any = 1.0
+        for maps in found:
+            # In double precision on the CPU, where quantiles and the cut are worked out.
+            blurred = gaussian_blur(maps.clamp(min=0)[:, None].cpu().double(), self.smooth * min(maps.shape[1:]))[:, 0].numpy()
+            strength = strength * blurred ** (1 / len(found))
+        return strength
+
+    def trimap(self, values: np.ndarray) -> np.ndarray:
+        """uint8 (H, W) of OpenCV's labels: pixels at or above one quantile, at or below the other, and those between.
+
+        A map that is the same everywhere has no seeds.
+        """
+        low, high = np.quantile(values, [self.background, self.foreground])
+        seeds = np.where(values > (low + high) / 2, MAYBE_FOREGROUND, MAYBE_BACKGROUND).astype(np.uint8)
+        if high > low:
+            seeds[values >= high], seeds[values <= low] = FOREGROUND, BACKGROUND
+        return seeds
+
+    def cut(self, picture: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """bool (H, W): the object in a picture uint8 (H, W, 3), RGB."""
+        import cv2
+
+        mask = seeds.copy()
+        if self.seeds == "likely":
+            mask[mask == FOREGROUND], mask[mask == BACKGROUND] = MAYBE_FOREGROUND, MAYBE_BACKGROUND
+        cv2.setRNGSeed(0)  # its k-means draws from OpenCV's own generator
+        models = np.zeros((1, 65), np.float64), np.zeros((1, 65), np.float64)
+        bgr = np.ascontiguousarray(picture[..., ::-1])
+        try:
+            cv2.grabCut(bgr, mask, None, *models, self.iterations, cv2.GC_INIT_WITH_MASK)
+        except cv2.error as error:  # colours that no model fits
+            raise ConfigError(f"grabcut_segmentation: OpenCV cannot cut this picture: {' '.join(str(error).split())[:200]}") from None
+        found = (mask == FOREGROUND) | (mask == MAYBE_FOREGROUND)
+        if self.whole:
+            _, pieces = cv2.connectedComponents(found.astype(np.uint8), connectivity=4)
+            found &= np.isin(pieces, np.unique(pieces[seeds == FOREGROUND]))
+        return found
+
+    def _result(self, ctx: Context, pixels: np.ndarray, trimaps: np.ndarray, cuts: np.ndarray, notes: list[str]) -> Result:
+        images = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255
+        texts = captions(ctx)
+        share = cuts.mean((1, 2))
+        shares = [f"{text}, {100 * value:.0f} % of the picture" for text, value in zip(texts, share, strict=True)]
+        outlined = np.where(edges(cuts)[:, None], np.array(OUTLINE, np.float32)[None, :, None, None], images)
+        alone = np.where(cuts[:, None], images, np.float32(1))
+        seeds = (trimaps == FOREGROUND).astype(np.float32) - (trimaps == BACKGROUND)
+        small = images.shape[-1] < 64
+        artifacts: list[Any] = [
+            Images("outline", outlined, captions=shares, columns=4, exact=small),
+            Images("cut_out", alone, captions=list(ctx.ids), columns=4, exact=small),
+            Heatmaps("seeds", seeds, captions=texts, signed=True, unit="1 object, -1 background, 0 open", shared_scale=True),
+            Heatmaps("mask", cuts.astype(np.float32), captions=texts, unit="1 object", shared_scale=True),
+        ]  # fmt: skip
+        metrics = [Metric("object_share", float(share.mean()), per_image=share.tolist(), about="share of the picture that is cut out")]
+        if ctx.masks is not None:
+            overlap = iou(cuts, ctx.masks.cpu().numpy())
+            metrics.insert(
+                0,
+                Metric(
+                    "iou", float(overlap.mean()), better="higher", per_image=overlap.tolist(),
+                    about="intersection over union of what is cut out and the dataset's mask",
+                ),
+            )  # fmt: skip
+        return Result(artifacts, metrics, notes)
+
+
+def edges(masks: np.ndarray) -> np.ndarray:
+    """bool (N, H, W): pixels of masks (N, H, W) within two pixels of its border, at least one."""
+    import cv2
+
+    kernel = np.ones((3, 3), np.uint8)
+    return np.stack([(cv2.dilate(m, kernel) - cv2.erode(m, kernel)) > 0 for m in masks.astype(np.uint8)])
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N,) intersection over union of bool masks (N, H, W); 1 where both are empty."""
+    both, either = (a & b).sum((1, 2)), (a | b).sum((1, 2))
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)
