@@ -117,6 +117,135 @@ def occlusion(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     ]
 
 
+def gradients(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
+    """Gradient methods on eight pictures against their own number of passes and captum; eight steps or samples each."""
+    from captum import attr as peers
+
+    from harness_saliency import guided_backprop as guided
+
+    batch, steps = 8, 8
+    images = pictures(model, batch)
+    target = torch.zeros(batch, dtype=torch.int64)
+    build = {n: load_plugins().technique(n).build for n in ("integrated_gradients", "smoothgrad", "expected_gradients", "grad_cam")}
+    integrated, smooth = build["integrated_gradients"]({"steps": steps}), build["smoothgrad"]({"samples": steps})
+    expected, cam = build["expected_gradients"]({"samples": steps}), build["grad_cam"]({})
+    maps = model.last_maps
+
+    def ctx() -> Context:
+        return context(model, images, "bench", batch)
+
+    def raw(times: int) -> Work:
+        def work() -> None:
+            for _ in range(times):
+                leaf = images.clone().requires_grad_()
+                torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
+
+        return work
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(images)
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model.module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(model.normalise(x))
+
+    whole = Whole()
+    contenders: dict[str, Work] = {
+        "raw": raw(1),
+        "raw steps": raw(steps),
+        "forward": forward,
+        "guided_backprop": lambda: guided.rule_gradient(ctx(), "guided"),
+        "deconvnet": lambda: guided.rule_gradient(ctx(), "deconvnet"),
+        "integrated_gradients": lambda: integrated.attribute(ctx(), torch.zeros_like(images)),
+        "smoothgrad": lambda: smooth.attribute(ctx()),
+        "expected_gradients": lambda: expected.attribute(ctx(), images[:4]),
+        "grad_cam": lambda: cam.attribute(ctx(), maps),
+        "captum integrated_gradients": lambda: peers.IntegratedGradients(model).attribute(
+            images, target=target, n_steps=steps, internal_batch_size=batch
+        ),
+        "captum smoothgrad": lambda: peers.NoiseTunnel(peers.Saliency(model)).attribute(
+            images, nt_type="smoothgrad", nt_samples=steps, nt_samples_batch_size=1, stdevs=0.15, target=target
+        ),
+        "captum expected_gradients": lambda: peers.GradientShap(model).attribute(
+            images, baselines=images[:4], n_samples=steps, target=target
+        ),
+        "captum grad_cam": lambda: peers.LayerGradCam(whole, whole.get_submodule(f"inner.{maps.partition('#')[0]}")).attribute(
+            images.clone().requires_grad_(), target=target
+        ),
+    }
+    t = turns(contenders, rounds)
+    rows = []
+    for name in ("guided_backprop", "deconvnet", "integrated_gradients", "smoothgrad", "expected_gradients", "grad_cam"):
+        if name == "grad_cam":
+            rows.append(("grad_cam / raw forward pass", t[name] / t["forward"], ""))
+        else:
+            alone = t["raw"] if name in ("guided_backprop", "deconvnet") else t["raw steps"]
+            rows.append((f"{name} / raw forward and backward", t[name] / alone, "<= 1.15"))
+        if f"captum {name}" in t:
+            rows.append((f"{name} / captum", t[name] / t[f"captum {name}"], "< 1"))
+    return rows
+
+
+def perturbation(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
+    """Masked copies of one picture against as many forward passes; LIME also against captum at its best batch."""
+    from captum.attr import Lime as Peer
+
+    count, batch = 64, 16
+    images = pictures(model, 1)
+    lime = load_plugins().technique("lime").build({"samples": count, "target": 0})
+    rise = load_plugins().technique("rise").build({"masks": count, "target": 0})
+    segments = [lime.superpixels(image) for image in images]
+    places = torch.from_numpy(segments[0])[None, None]
+
+    def raw() -> None:
+        with torch.no_grad():
+            for _ in range(count // batch):
+                model(images.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last))
+
+    def peer(at_once: int) -> Work:
+        return lambda: Peer(model).attribute(images, target=0, feature_mask=places, n_samples=count, perturbations_per_eval=at_once)
+
+    contenders: dict[str, Work] = {
+        "raw": raw,
+        "lime": lambda: lime.explain(context(model, images, "lime", batch), segments),
+        "rise": lambda: rise.attribute(context(model, images, "rise", batch)),
+        **{f"captum {b}": peer(b) for b in (8, 16, 64)},
+    }
+    t = turns(contenders, rounds)
+    best, at = min((v, k.split()[1]) for k, v in t.items() if k.startswith("captum"))
+    return [
+        ("lime / raw forward passes, batch 16", t["lime"] / t["raw"], "<= 1.10"),
+        (f"lime / captum at its best batch ({at})", t["lime"] / best, "< 1"),
+        ("rise / raw forward passes, batch 16", t["rise"] / t["raw"], "<= 1.10"),
+    ]
+
+
+def incremental(name: str, rounds: int) -> list[tuple[str, float, str]]:
+    """Occlusion that computes anew only what a window reaches, against the same windows by whole passes; and how far they differ."""
+    model = load_model(name, load_registry())
+    images = pictures(model, 1)
+    quick, full = (
+        load_plugins().technique("occlusion").build({"window": 32, "stride": 32, "target": 0, "inference": way}) for way in ("auto", "full")
+    )
+    t = turns(
+        {
+            "quick": lambda: quick.measure(context(model, images, "occlusion", 16)),
+            "full": lambda: full.measure(context(model, images, "occlusion", 16)),
+        },
+        rounds,
+    )
+    a, b = (technique.measure(context(model, images, "occlusion", 16)).drops for technique in (quick, full))
+    return [
+        (f"{name} occlusion, incremental / whole passes", t["quick"] / t["full"], "< 0.5"),
+        (f"{name} largest difference of the drops, in 1e-4", float((a - b).abs().max()) / 1e-4, "< 1"),
+    ]
+
+
 def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     technique = load_plugins().technique("class_visualization").build({"classes": [1, 2], "steps": 8})
     start = pictures(model, 2)
@@ -285,9 +414,11 @@ def main() -> None:
     rows: list[tuple[str, str, float, str]] = []
     for name in options.models:
         model = load_model(name, registry)
-        for measure in (saliency, occlusion, ascent):
+        for measure in (saliency, gradients, occlusion, perturbation, ascent):
             rows += [(name, *row) for row in measure(model, options.rounds)]
         rows += [(name, *row) for row in streaming(model, min(options.rounds, 5))]
+    for name in ("vgg16@random", "squeezenet1_1", "resnet18@random"):
+        rows += [("", *row) for row in incremental(name, min(options.rounds, 3))]
     rows += [("", *row) for row in neighbours(options.rounds) + command_line() + tracking()]
     if options.memory:
         rows += [("", *row) for row in memory()]

@@ -1,4 +1,4 @@
-"""Make the pictures of docs/representations.md from what comes inside packages: run `python docs/figures.py`."""
+"""Make the pictures of docs/representations.md and docs/saliency.md from what comes inside packages: run `python docs/figures.py`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from PIL import Image
 
 from harness.datasets import load_dataset, package_pictures
 from harness.models import load_model
-from harness.registry import DatasetEntry, load_registry
+from harness.plugins import load_plugins
+from harness.registry import DatasetEntry, Registry, load_registry
 from harness.testing import run_once
 from harness_reports import charts, colour
 from harness_representations import ImageGrid, MaxPatches, TsneMap
+from harness_saliency import BiasProbe, GrabcutSegmentation
 from harness_weights import LinearTemplates
 
 HERE = Path(__file__).parent / "images"
@@ -71,6 +73,47 @@ def main() -> None:
     result = run_once(MaxPatches(layer="features.9", k=5, channels=CHANNELS), load_model("squeezenet1_1", registry), photos)
     patches = next(a for a in result.artifacts if a.name == "patches")
     save(colour.sheet([resized(p, 111) for p in patches.data], 5, 4), "strongest_patches.jpg")
+    saliency(registry)
+
+
+MAPS = ("saliency", "smoothgrad", "integrated_gradients", "guided_backprop", "grad_cam", "occlusion", "rise", "lime")
+
+
+def saliency(registry: Registry) -> None:
+    """Maps of two pictures, objects cut out, and the snow."""
+    model, plugins = load_model("squeezenet1_1", registry), load_plugins()
+    data = load_dataset("photos", registry)
+    rows = []
+    some = data.select(indices=[data.ids.index(n) for n in ("rocket.jpg", "camera.png")])
+    images = some.pictures(model.input)
+    maps = {}
+    for name in MAPS:
+        technique = plugins.technique(name).build({"stride": 0.036} if name == "occlusion" else {})
+        found = {a.name: a for a in run_once(technique, model, some, max_batch=16).artifacts}
+        maps[name] = found[technique.attribution].data.clip(0)
+    for i, image in enumerate(images):
+        rows += [image, *(colour.heat(m[i], colour.limit(m[i], False)) for m in maps.values())]
+    small = [np.asarray(Image.fromarray(r).resize((128, 128), Image.Resampling.LANCZOS)) for r in rows]
+    save(colour.sheet(small, 1 + len(MAPS), 4), "maps.jpg")
+
+    some = data.select(
+        indices=[data.ids.index(n) for n in ("astronaut.png", "coffee.png", "motorcycle_left.png", "camera.png", "rocket.jpg")]
+    )
+    found = {a.name: a for a in run_once(GrabcutSegmentation(), model, some).artifacts}
+    save(colour.sheet([resized(p, 200) for p in found["outline"].data], 5, 4), "cut_out.jpg")
+
+    some = load_dataset("snow_test", registry).select(60)
+    tiles = []
+    for name in ("snow_cnn", "snow_control_cnn"):
+        result = run_once(
+            BiasProbe(techniques=("occlusion", "expected_gradients"), pictures=2), load_model(name, registry), some, max_batch=64
+        )
+        found = {a.name: a for a in result.artifacts}
+        changed = found["cue_changed"].data[:2]
+        tiles += [colour.enlarge(colour.picture(p), 128) for p in changed]
+        tiles += [colour.enlarge(colour.heat(m, colour.limit(m, False)), 128) for m in found["maps"].data]
+        print(name, result.notes[0], found["cue_changed"].captions[:2], found["maps"].captions)
+    save(colour.sheet(tiles, 4, 4), "snow.jpg")
 
 
 if __name__ == "__main__":

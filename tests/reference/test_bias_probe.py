@@ -146,7 +146,7 @@ def test_swapping_changes_the_cue_and_nothing_else(cue, registry):
         assert differs.any()
         if masks[i].any():
             changed += 1
-            assert masks[i][differs].mean() > (0.95 if cue == "background" else 0.999)  # an object's rim lets some snow through
+            assert masks[i][differs].mean() > (0.85 if cue == "background" else 0.999)  # an object's rim lets some snow through
             assert differs[masks[i]].mean() > 0.9
     assert changed
     again = plant(registry, cue=cue, correlation=1.0).select(indices=range(30))
@@ -195,3 +195,9 @@ def test_context_gives_the_masks(registry, snow):
         dataset=data,
     )
     assert np.array_equal(ctx.masks.numpy(), data.masks(InputSpec(channels=1, size=32)))
+
+
+def test_the_rules_are_checked_where_there_are_marks():
+    from harness.testing import check_technique
+
+    assert check_technique(BiasProbe, params={"techniques": ["saliency"]}) == []

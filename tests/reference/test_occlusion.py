@@ -68,7 +68,7 @@ def test_equals_captum_on_the_real_model(squeezenet, registry):
     images = to_images(data.pictures(squeezenet.input), squeezenet.device)
     # the same batches: the rounding of a convolution depends on what is beside it
     ctx = Context(squeezenet, images=images, ids=data.ids, technique="occlusion", max_batch=8)
-    found = torch.tensor(Occlusion(window=60, stride=50).run(ctx).artifacts[0].data)
+    found = torch.tensor(Occlusion(window=60, stride=50, inference="full").run(ctx).artifacts[0].data)
     theirs = CaptumOcclusion(squeezenet).attribute(
         images, sliding_window_shapes=(3, 60, 60), strides=(3, 50, 50), target=ctx.predicted, baselines=0.5, perturbations_per_eval=8
     )
