@@ -111,7 +111,8 @@ def saliency(registry: Registry) -> None:
         found = {a.name: a for a in result.artifacts}
         changed = found["cue_changed"].data[:2]
         tiles += [colour.enlarge(colour.picture(p), 128) for p in changed]
-        tiles += [colour.enlarge(colour.heat(m, colour.limit(m, False)), 128) for m in found["maps"].data]
+        maps_ = [m for _, m in sorted(zip(found["maps"].captions, found["maps"].data, strict=True), key=lambda pair: pair[0])]
+        tiles += [colour.enlarge(colour.heat(m, colour.limit(m, False)), 128) for m in maps_]
         print(name, result.notes[0], found["cue_changed"].captions[:2], found["maps"].captions)
     save(colour.sheet(tiles, 4, 4), "snow.jpg")
 

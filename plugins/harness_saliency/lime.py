@@ -188,6 +188,8 @@ def likelihood(count: int, distance: Distance, width: float) -> np.ndarray:
 def fit_linear(masks: np.ndarray, answers: np.ndarray, near: np.ndarray, ridge: float) -> Explained:
     """Weighted ridge regression with an intercept, which is not penalised, in double precision."""
     z = masks.astype(np.float64)
+    if np.ptp(answers) <= 1e-6 * np.abs(answers).max():  # rounding
+        return Explained(np.zeros(z.shape[1]), 0.0)
     share = near / near.sum()
     centred, left = z - share @ z, answers - share @ answers
     normal = centred.T @ (near[:, None] * centred)

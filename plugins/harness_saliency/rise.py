@@ -18,8 +18,9 @@ class Rise(Technique):
     """The mean answer to randomly masked copies of a picture in which a pixel was left to be seen,
     S(p) = 1 / (E[M] N) sum_i f(I * M_i) M_i(p) (Petsiuk et al. 2018, arXiv:1806.07421, eq. 6).
 
-    Masks are coarse random grids, enlarged bilinearly and shifted. Unless `centred` is off, the mean answer over all masks is
-    taken away, which changes no order and makes zero mean "no influence". Cost: `masks` forward passes a picture.
+    Masks are coarse random grids, enlarged bilinearly and shifted. Unless `centred` is off, f is counted from its mean over all
+    masks: the map becomes the covariance of answer and mask, zero means "no influence", and the noise of the masks' own mean is
+    gone. Cost: `masks` forward passes a picture.
     """
 
     name = "rise"
@@ -44,7 +45,7 @@ class Rise(Technique):
     keep: float = Param(0.5, gt=0, lt=1, description="chance that a cell is left to be seen")
     baseline: Baseline = Param("mean", description="what is seen where the mask hides; mean is the training mean, as in the paper")
     scored: Scored = Param("probability", description=SCORED)
-    centred: bool = Param(True, description="take away the mean answer, so that zero means no influence")
+    centred: bool = Param(True, description="count answers from their mean, so that zero means no influence")
 
     def run(self, ctx: Context) -> Result:
         maps = self.attribute(ctx)
@@ -61,7 +62,9 @@ class Rise(Technique):
         hidden = baseline(ctx, self.baseline)
         grids, shifts = self.draw(ctx)
         total = x.new_zeros((len(x), *x.shape[2:]))
-        seen = x.new_zeros(len(x))
+        area = torch.zeros_like(total)  # sum of the masks
+        sums = x.new_zeros(len(x))
+        first = x.new_zeros(len(x))  # each picture's first answer: what never changes is then zero without rounding
         ways = [_enlarging(self.grid, size, x) for size in x.shape[2:]]
         count = len(x) * self.masks
 
@@ -73,14 +76,19 @@ class Rise(Technique):
                 value = answer(target, target.output(model, copies), picture, self.scored)
             for i in range(rows.start // self.masks, (rows.stop - 1) // self.masks + 1):
                 mine = slice(max(rows.start, i * self.masks) - rows.start, min(rows.stop, (i + 1) * self.masks) - rows.start)
-                total[i] += torch.tensordot(value[mine], masks[mine], 1)
-                seen[i] += value[mine].sum()
+                if rows.start <= i * self.masks:
+                    first[i] = value[mine][0] if self.centred else 0
+                above = value[mine] - first[i]
+                total[i] += torch.tensordot(above, masks[mine], 1)
+                area[i] += masks[mine].sum(0)
+                sums[i] += above.sum()
             ctx.report("masks", rows.stop, count)
 
         for _ in ctx.batched(count, work):
             pass
-        maps = total / (self.keep * self.masks)
-        return maps - (seen / self.masks).view(-1, 1, 1) if self.centred else maps
+        if self.centred:
+            total = total - (sums / self.masks).view(-1, 1, 1) * area
+        return total / (self.keep * self.masks)
 
     def draw(self, ctx: Context) -> tuple[Tensor, Tensor]:
         """Grids of zeros and ones (N * masks, grid, grid) and shifts in pixels (N * masks, 2)."""

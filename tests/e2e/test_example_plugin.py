@@ -38,6 +38,13 @@ def test_it_is_found_checked_run_and_reported(installed, tmp_path):
     done = harness("audit", "digits_cnn", *words, "--format", "html", env=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "noisy_gradient on digits_cnn" in done.stderr
+    judged = harness(
+        "run", "-m", "digits_cnn", "-d", "digits_test", "--limit", "2", "-t", "faithfulness", "-p", "cells=2", "-p", "oracle_rounds=0",
+        "-p", "profile=draft", env=installed, cwd=tmp_path,
+    )  # fmt: skip
+    assert judged.returncode == 0, judged.stderr
+    harness("report", "runs", "--format", "json", "-o", "judged", env=installed, cwd=tmp_path)
+    assert '"deletion.noisy_gradient"' in (tmp_path / "judged/report.json").read_text()  # without knowing its name
     assert "harness-example-plugin 0.1.0" in (tmp_path / "out/audit-digits_cnn/report.html").read_text()
 
 

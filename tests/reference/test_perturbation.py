@@ -59,7 +59,7 @@ def test_masks_are_enlarged_as_by_interpolation_and_cut_out(size, grid):
 @pytest.mark.parametrize("scored", ["score", "probability"])
 @pytest.mark.parametrize("batch", [3, 64])
 def test_equals_the_mean_worked_mask_by_mask(scored, batch):
-    """S(p) = 1 / (E[M] N) sum_i f(I * M_i) M_i(p), less the mean answer where it is centred."""
+    """S(p) = 1 / (E[M] N) sum_i f(I * M_i) M_i(p), or the covariance where it is centred."""
     model = linear_model()
     ctx = context(model, 2, "rise", target=1, max_batch=batch)
     technique = Rise(masks=20, grid=4, keep=0.4, baseline="black", scored=scored, target=1, centred=False)
@@ -67,16 +67,18 @@ def test_equals_the_mean_worked_mask_by_mask(scored, batch):
     centred = technique.model_copy(update={"centred": True}).attribute(context(model, 2, "rise", target=1))
     grids, shifts = technique.draw(context(model, 2, "rise", target=1))
     for i, image in enumerate(ctx.images):
-        total, answers = torch.zeros(8, 8, dtype=torch.float64), []
+        total, pairs = torch.zeros(8, 8, dtype=torch.float64), []
         for grid, (y, x) in zip(grids[20 * i : 20 * (i + 1)], shifts[20 * i : 20 * (i + 1)].tolist(), strict=True):
             mask = F.interpolate(grid[None, None], size=(10, 10), mode="bilinear")[0, 0, y : y + 8, x : x + 8]
             logits = model((image * mask)[None])[0]
             value = logits[1] if scored == "score" else logits.softmax(0)[1]
             total += value * mask
-            answers.append(value)
+            pairs.append((mask, value))
         expected = total / (0.4 * 20)
         torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-10)
-        torch.testing.assert_close(centred[i], expected - torch.stack(answers).mean(), rtol=0, atol=1e-10)
+        mean = torch.stack([v for _, v in pairs]).mean()
+        covariance = torch.stack([(v - mean) * m for m, v in pairs]).sum(0) / (0.4 * 20)
+        torch.testing.assert_close(centred[i], covariance, rtol=0, atol=1e-10)
 
 
 def test_a_linear_model_gets_its_weights_back():

@@ -189,13 +189,22 @@ def scarce(monkeypatch, model, most):
     monkeypatch.setattr(type(model), "__call__", call)
 
 
-@pytest.mark.parametrize("name", ["features", "predictions", "saliency", "class_visualization", "nearest_neighbors", "max_patches"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "features", "predictions", "saliency", "class_visualization", "nearest_neighbors", "max_patches", "occlusion", "rise", "lime",
+        "expected_gradients", "guided_patches", "faithfulness",
+    ],
+)  # fmt: skip
 def test_running_out_of_memory_halves_the_batch(name, digits_cnn, monkeypatch):
     from harness.plugins import load_plugins
     from harness.testing import run_once, same, small_dataset
 
     _ = digits_cnn.calls
-    small = {"class_visualization": {"steps": 2, "classes": [1, 2, 3, 4, 5]}}
+    small = {
+        "class_visualization": {"steps": 2, "classes": [1, 2, 3, 4, 5]}, "rise": {"masks": 8}, "lime": {"samples": 8},
+        "expected_gradients": {"samples": 4}, "faithfulness": {"techniques": ["saliency"], "cells": 2, "steps": 2, "oracle_rounds": 1},
+    }  # fmt: skip
     technique = load_plugins().technique(name).build(small.get(name, {}))
     plenty = run_once(technique, digits_cnn, small_dataset(12), max_batch=32)
     scarce(monkeypatch, digits_cnn, 2)
