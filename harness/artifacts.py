@@ -113,7 +113,8 @@ class Images(Artifact):
     """Pictures (N, C, H, W), C 1 or 3, float32 in [0, 1].
 
     `columns` > 0 asks for a grid of that many columns; `exact` draws enlarged pixels as squares (filters, digits);
-    `zoom` lets a reader enlarge a picture that holds much.
+    `zoom` lets a reader enlarge a picture that holds much; `moving` are the frames of an animation, played in HTML and
+    printed as a strip.
     """
 
     kind: ClassVar[str] = "images"
@@ -122,6 +123,7 @@ class Images(Artifact):
     columns: int = 0
     exact: bool = False
     zoom: bool = False
+    moving: bool = False
 
     def __post_init__(self) -> None:
         data = to_numpy(self.data, np.float32)

@@ -62,6 +62,25 @@ def squared_norm(centre: Tensor | float = 0.0) -> Objective:
     return Objective(frozenset(), lambda _, x: (x - centre).square().flatten(1).sum(1))
 
 
+def layer_norm(layer: str) -> Objective:
+    """Half the squared norm of a layer, whose gradient with respect to the layer is the layer itself."""
+    return Objective(frozenset({layer}), lambda outputs, _: outputs[layer].flatten(1).square().sum(1) / 2)
+
+
+def guide_match(layer: str, guide: Tensor) -> Objective:
+    """sum over positions of max_j a . g_j: each place of the layer grows like the one of the guide's (C, H, W) it is most like.
+
+    The gradient at a place is that feature of the guide, as in the guided dreams of Mordvintsev, Olah & Tyka 2015.
+    """
+    features = guide.flatten(1)  # (C, J)
+
+    def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
+        own = outputs[layer].flatten(2)  # (N, C, P)
+        return torch.einsum("ncp,cj->npj", own, features).amax(2).sum(1)
+
+    return Objective(frozenset({layer}), score)
+
+
 def evaluate(model: LoadedModel, objective: Objective, seen: Tensor, pictures: Tensor) -> Tensor:
     """(N,) scores: layers look at `seen` (the transformed pictures), penalties at the pictures themselves."""
     layers = sorted(objective.layers)
@@ -264,7 +283,7 @@ def join(parts: Sequence[Ascent]) -> Ascent:
     )
 
 
-StepRule = Literal["normalised", "constant", "scaled", "progress", "line_search"]
+StepRule = Literal["normalised", "mean_abs", "constant", "scaled", "progress", "line_search"]
 
 
 def ascend(
@@ -286,6 +305,7 @@ def ascend(
     """Ascend the objective from `start` (N, C, H, W) for `steps` steps.
 
     rule 'normalised'  x += step_size * g / rms(g), rms over the picture: step_size is the RMS change of a pixel
+         'mean_abs'    x += step_size * g / mean(|g|): step_size is the mean change of a pixel (DeepDream's)
          'constant'    x += step_size * g
          'scaled'      as constant, the factor being gain / ||g||^2 at the first step: a rate that suits the model
          'progress'    x += min(step_size, gain / ||g||^2) * g: to first order the score rises by `gain` a step
@@ -327,6 +347,8 @@ def ascend(
             move = conditioner(move)
         if rule == "normalised":
             move = move / move.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(tiny)
+        elif rule == "mean_abs":
+            move = move / move.abs().mean((1, 2, 3), keepdim=True).clamp_min(tiny)
         elif rule == "scaled" and step == 0:
             size = gain / (gradient * move).sum((1, 2, 3), keepdim=True).clamp_min(tiny)
         elif rule == "progress":

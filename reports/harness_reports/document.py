@@ -25,6 +25,7 @@ from .view import View, build_view
 
 HERE = Path(__file__).parent
 WEBP_QUALITY, JPEG_QUALITY = 80, 85
+FRAME_MS = 100  # of animations
 PDF_SECONDS = 600
 
 
@@ -44,6 +45,16 @@ class _Inline:
             Image.fromarray(pixels).save(buffer, "WEBP", lossless=exact, quality=50 if exact else WEBP_QUALITY, method=1)
             self._seen[key] = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
         return self._seen[key]
+
+    def animation(self, frames: list[np.ndarray], exact: bool) -> str:
+        from PIL import Image
+
+        first, *rest = (Image.fromarray(frame) for frame in frames)
+        buffer = io.BytesIO()
+        first.save(
+            buffer, "WEBP", save_all=True, append_images=rest, duration=FRAME_MS, loop=0, lossless=exact, quality=WEBP_QUALITY, method=1
+        )
+        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
     def svg(self, data: bytes) -> str:
         return "data:image/svg+xml;base64," + base64.b64encode(data).decode()
@@ -66,6 +77,9 @@ class _Files:
             else:
                 Image.fromarray(pixels).save(self.folder / name, quality=JPEG_QUALITY, subsampling=0)
         return name
+
+    def animation(self, frames: list[np.ndarray], exact: bool) -> str:
+        return ""  # paper does not move
 
     def svg(self, data: bytes) -> str:
         name = f"{hashlib.sha256(data).hexdigest()[:32]}.svg"

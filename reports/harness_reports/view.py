@@ -19,6 +19,7 @@ from harness.record import ErrorFacts, MetricValue, Record, ReportInput, StoredR
 from . import charts, colour
 
 TABLE_ROWS = 25  # longer tables are cut; report.json holds all rows
+STRIP = 6  # frames of an animation in print
 SMALL = 64  # pictures with a shorter side below this are enlarged pixel by pixel
 INPUTS = "inputs"
 OWN_SCALE = f"each map on its own scale, to the {colour.CLIP_PERCENTILE:g}th percentile of its size"
@@ -30,6 +31,10 @@ class Assets(Protocol):
     def image(self, pixels: np.ndarray, exact: bool) -> str: ...
 
     def svg(self, data: bytes) -> str: ...
+
+    def animation(self, frames: list[np.ndarray], exact: bool) -> str:
+        """Frames that follow one another; empty where nothing can move."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -344,6 +349,8 @@ def _rows(tiles: Sequence[Tile | None], columns: int) -> list[Sequence[Tile | No
 def _images(record: Record, artifact: Images, assets: Assets) -> Panel:
     pixels = [colour.picture(image) for image in artifact.data]
     small = min(pixels[0].shape[:2]) < SMALL
+    if artifact.moving:
+        return _animation(record, artifact, [colour.enlarge(p, 96) if small else p for p in pixels], artifact.exact or small, assets)
     if not artifact.captions and len(pixels) > 1:
         tiles = [colour.enlarge(p, 32) if small else p for p in pixels]
         page = colour.sheet(tiles, artifact.columns or 8, 2)
@@ -365,6 +372,18 @@ def _images(record: Record, artifact: Images, assets: Assets) -> Panel:
     # Fewer pictures than columns keep their size: empty cells fill the row.
     fill: list[Tile | None] = [None] * (artifact.columns - len(tiles_))
     return Panel(record.model.name, _rows([*tiles_, *fill], artifact.columns or 4))
+
+
+def _animation(record: Record, artifact: Images, frames: list[np.ndarray], exact: bool, assets: Assets) -> Panel:
+    """Frames played where the page can move, otherwise a strip of some of them."""
+    source = assets.animation(frames, exact)
+    alt = f"{words(artifact.name)} of {record.model.name}: {len(frames)} frames"
+    if source:
+        return Panel(record.model.name, [[Tile(source, frames[0].shape[1], frames[0].shape[0], f"{len(frames)} frames", alt)]])
+    count = min(STRIP, len(frames))
+    numbers = [round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(count)]
+    tiles = [_tile(frames[i], f"frame {i + 1} of {len(frames)}", alt, exact, assets) for i in numbers]
+    return Panel(record.model.name, [tiles])
 
 
 def _tile(pixels: np.ndarray, caption: str, alt: str, exact: bool, assets: Assets, second: str = "") -> Tile:

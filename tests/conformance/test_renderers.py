@@ -32,6 +32,7 @@ def artifacts():
         Matrix("wide", rng.normal(size=(2, 80)), ["a", "b"], range(80), signed=True),
         Heatmaps("sheet", rng.random((40, 7, 7)), columns=8, shared_scale=True, over=[0] * 40),
         Images("zoomed", photo[:1], zoom=True, captions=[EVIL]),
+        Images("moving", rng.random((9, 3, 64, 64)), moving=True),
         Table("table", ["name", EVIL], [[EVIL, None], ["b", 1.5], ["c", True]]),
         Table("long", ["i"], [[i] for i in range(100)]),
         Arrays("arrays", {"x": rng.random(4)}),

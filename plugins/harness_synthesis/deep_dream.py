@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from harness import ConfigError, Curve, Images, Metric, Paper, Param, Result, Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness import Context
+    from harness.optimise import Ascent, Objective
+
+SHOWN = 4  # pictures in the progress strip
+
+
+class DeepDream(Technique):
+    """A picture in which what a layer sees is made stronger, x += step g / mean|g| with g the gradient of half the layer's squared
+    norm, over octaves from coarse to fine (Mordvintsev, Olah & Tyka 2015, https://github.com/google/deepdream).
+
+    Each octave starts from the picture at its size plus the detail of the octave before, enlarged; before each step the picture
+    is rolled by a random jitter and rolled back after it. With a `guide` each place grows like the place of the guide that it
+    resembles most. With `frames` the dream goes on while the camera moves in. Cost: `octaves` times `steps` forward and backward
+    passes to the layer, most of them at smaller sizes; `frames` times that for an animation.
+    """
+
+    name = "deep_dream"
+    family = "synthesis"
+    paper = Paper("Mordvintsev, Olah, Tyka", 2015, "Inceptionism: Going Deeper into Neural Networks")
+    needs = frozenset({"images", "conv"})
+    reading = (
+        "Whatever the layer finds in the picture is drawn into it: early layers bring strokes and swirls, late ones eyes, heads and "
+        "buildings, wherever the picture gives them a hold. What comes up again and again is what the layer looks for."
+    )
+    caveats = (
+        "It shows what excites a layer, not what the model makes of the picture. ImageNet has 118 breeds of dogs, hence the dogs; a "
+        "model of places dreams of buildings."
+    )
+    audit = {"full": {"steps": 10}}
+
+    layer: str = Param("", description="the layer that dreams; none: the block three quarters of the way to the class scores")
+    steps: int = Param(10, ge=0, le=100_000, description="gradient steps an octave")
+    octaves: int = Param(4, ge=1, le=20, description="sizes worked at, from the smallest to the picture's own")
+    octave_scale: float = Param(1.4, gt=1, le=4, description="each octave is this much larger than the one before")
+    step_size: float = Param(1.5, gt=0, description="mean change of a pixel in a step, in 255ths")
+    jitter: float = Param(32, ge=0, description="largest random roll before a step, in pixels of a picture of 224")
+    guide: str = Param("", description="the name of a picture of the dataset that the dream is to resemble")
+    frames: int = Param(0, ge=0, le=10_000, description="frames of a zoom into the first picture; 0 makes none")
+    zoom: float = Param(0.05, gt=0, lt=0.5, description="how far each frame moves in, as a share of the picture")
+
+    def run(self, ctx: Context) -> Result:
+        import torch
+
+        layer = self.layer or dreaming(ctx)
+        _, rows, columns = ctx.model.maps_shape(layer)
+        side = min(ctx.images.shape[2:])
+        smallest = round(side / self.octave_scale ** (self.octaves - 1))
+        if smallest < 2 * max(1, side // min(rows, columns)) or smallest < 8:
+            raise ConfigError(
+                f"deep_dream.octaves: the smallest of {self.octaves} would have {smallest} pixels a side, too few for {layer!r}; "
+                "take fewer, or a smaller octave_scale"
+            )
+        objective = self._objective(ctx, layer)
+        made: list[Tensor] = []
+        traces: list[list[Tensor]] = []
+        stopped: list[int] = []
+        strips: list[Tensor] = []
+        for rows_ in ctx.batched(len(ctx.images), lambda r: r):
+            draws = ctx.draws([ctx.ids[i] for i in range(rows_.start, rows_.stop)])
+            image, parts = dream(ctx, objective, ctx.images[rows_], self, draws)
+            made.append(image)
+            traces.append([p.scores for p in parts])
+            stopped += [rows_.start + i for p in parts for i in p.stopped]
+            strips.append(torch.stack([_resized(p.images, image.shape[2:]) for p in parts], 1))
+        pictures = torch.cat(made)
+        scores = torch.cat([torch.cat(t) for t in traces], 1)  # (octaves * steps, N)
+        return self._result(ctx, layer, pictures, scores, torch.cat(strips), sorted(set(stopped)), objective)
+
+    def _objective(self, ctx: Context, layer: str) -> Objective:
+        import torch
+
+        from harness import optimise as o
+        from harness.context import to_images
+
+        if not self.guide:
+            return o.layer_norm(layer)
+        whole = ctx.dataset.whole or ctx.dataset
+        if self.guide not in whole.ids:
+            from harness.errors import did_you_mean
+
+            raise ConfigError(f"deep_dream.guide: the dataset has no picture {self.guide!r}{did_you_mean(self.guide, whole.ids)}")
+        i = list(whole.ids).index(self.guide)
+        picture = to_images(whole.pictures(ctx.model.input, i, i + 1), ctx.device, ctx.model.dtype)
+        with torch.no_grad():
+            return o.guide_match(layer, ctx.model.activations(picture, [layer])[layer][0])
+
+    def _result(
+        self, ctx: Context, layer: str, pictures: Tensor, scores: Tensor, strips: Tensor, stopped: list[int], objective: Objective
+    ) -> Result:
+        import torch
+
+        from harness import optimise as o
+
+        small = pictures.shape[-1] < 64
+        artifacts: list[Any] = [
+            Images(
+                "dream",
+                pictures,
+                captions=list(ctx.ids),
+                columns=4,
+                exact=small,
+                caption=f"{layer}{f', after {self.guide}' if self.guide else ''}.",
+            )
+        ]
+        if self.steps:
+            shown = min(len(pictures), SHOWN)
+            strip = torch.cat([torch.cat([ctx.images[i, None], strips[i]]) for i in range(shown)])
+            names = ["start", *(f"octave {k + 1}" for k in range(strips.shape[1]))]
+            captions = [f"{ctx.ids[i]}: {n}" if n == "start" else n for i in range(shown) for n in names]
+            artifacts.append(Images("progress", strip, captions=captions, columns=len(names), exact=small))
+            lines = {ctx.ids[i]: scores[:, i] for i in range(len(pictures)) if bool(torch.isfinite(scores[:, i]).all())}
+            if lines:
+                what = "likeness to the guide" if self.guide else "half the squared norm of the layer"
+                artifacts.append(
+                    Curve("objective", range(1, len(scores) + 1), lines, "step, octave after octave", what, log_y=not self.guide)
+                )
+        if self.frames:
+            artifacts.append(Images("zoom", self._zoom(ctx, objective, pictures[:1]), moving=True, exact=small))
+
+        def strength(images: Tensor) -> Tensor:
+            with torch.no_grad():
+                return torch.cat(list(ctx.batched(len(images), lambda rows: o.evaluate(ctx.model, objective, images[rows], images[rows]))))
+
+        gain = (strength(pictures) / strength(ctx.images).clamp_min(1e-30)).tolist()
+        rising = (scores.view(self.octaves, -1, len(pictures)).diff(dim=1) > 0).float().mean((0, 1)).tolist() if self.steps > 1 else []
+        metrics = [
+            Metric(
+                "gain", float(np.mean(gain)), better="higher", per_image=gain, about="the objective of the dream over that of the picture"
+            ),
+        ]
+        if rising:
+            about = "share of steps that raise the objective, within octaves"
+            metrics.append(Metric("rising_steps", float(np.mean(rising)), better="higher", per_image=rising, about=about))
+        notes = [
+            f"{ctx.ids[i]}: the objective stopped being finite; the last good picture is shown; use a smaller step_size" for i in stopped
+        ]
+        return Result(artifacts, metrics, notes)
+
+    def _zoom(self, ctx: Context, objective: Objective, start: Tensor) -> np.ndarray:
+        """(frames, C, H, W): dream, move in, dream again; whole 255ths, which are stored in a quarter of the space."""
+        frames, x = [start], start
+        for i in ctx.track(range(1, self.frames), self.frames - 1, "frames"):
+            x = closer(x, self.zoom)
+            x, _ = dream(ctx, objective, x, self, ctx.draws([ctx.ids[0]], stream=f"frame {i}"))
+            frames.append(x)
+        return np.concatenate([np.rint(f.cpu().float().numpy() * 255) / np.float32(255) for f in frames])
+
+
+def dreaming(ctx: Context) -> str:
+    """The block three quarters of the way through those with maps before the class scores: no part of a block, if there are blocks."""
+    model = ctx.model
+    names = [n for n, s in model.calls if len(s) == 4 and s[2] * s[3] > 1 and n not in model.channels_behind]
+    names = names[: names.index(model.last_maps) + 1]
+    for depth in range(max(n.count(".") for n in names) + 1):
+        outer = [n for n in names if n.count(".") <= depth]
+        if len(outer) >= 4:
+            break
+    return outer[round(0.75 * (len(outer) - 1))]
+
+
+def sizes(side: int, octaves: int, scale: float) -> list[int]:
+    """Sides of the octaves, the smallest first."""
+    return [round(side / scale**k) for k in reversed(range(octaves))]
+
+
+def dream(ctx: Context, objective: Objective, images: Tensor, settings: DeepDream, draws: Any) -> tuple[Tensor, list[Ascent]]:
+    """Pictures (N, C, H, W) dreamt over octaves, and what each octave's ascent gave."""
+    import torch
+
+    from harness import optimise as o
+
+    height, width = images.shape[2:]
+    detail: Tensor | None = None
+    parts: list[Ascent] = []
+    for tall, wide in zip(*(sizes(n, settings.octaves, settings.octave_scale) for n in (height, width)), strict=True):
+        base = _resized(images, (tall, wide))
+        start = base if detail is None else (base + _resized(detail, (tall, wide))).clamp(0, 1)
+        pixels = round(settings.jitter * min(height, width) / 224)
+        part = o.ascend(
+            ctx.model,
+            objective,
+            start,
+            steps=settings.steps,
+            step_size=settings.step_size / 255,
+            draws=draws,
+            rule="mean_abs",
+            transforms=[o.Jitter(pixels)] if pixels else [],
+            operators=[o.ClampPixels()],
+            progress=ctx.report,
+        )
+        detail = part.images - base
+        parts.append(part)
+    return torch.clamp(parts[-1].images, 0, 1), parts
+
+
+def _resized(images: Tensor, size: Any) -> Tensor:
+    from torch.nn.functional import interpolate
+
+    return images if tuple(images.shape[2:]) == tuple(size) else interpolate(images, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def closer(images: Tensor, share: float) -> Tensor:
+    """The middle of pictures (N, C, H, W), `share` of each side cut away in all, enlarged to the whole."""
+    height, width = images.shape[2:]
+    top, left = max(1, round(height * share / 2)), max(1, round(width * share / 2))
+    return _resized(images[:, :, top : height - top, left : width - left], (height, width))
