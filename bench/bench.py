@@ -196,7 +196,10 @@ def perturbation(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]
     from captum.attr import Lime as Peer
 
     count, batch = 64, 16
-    images = pictures(model, 1)
+    from skimage import data
+
+    photo = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1)[None].float() / 255
+    images = torch.nn.functional.interpolate(photo, size=(model.input.size, model.input.size), mode="bilinear", antialias=True)
     lime = load_plugins().technique("lime").build({"samples": count, "target": 0})
     rise = load_plugins().technique("rise").build({"masks": count, "target": 0})
     segments = [lime.superpixels(image) for image in images]
@@ -409,17 +412,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="*", default=["squeezenet1_1", "resnet18@random"])
     parser.add_argument("--memory", action="store_true", help="also the peak memory of streaming techniques; takes minutes")
+    parser.add_argument("--only", nargs="*", default=[], help="saliency, gradients, occlusion, perturbation, ascent, streaming, rest")
     options = parser.parse_args()
     registry = load_registry()
     rows: list[tuple[str, str, float, str]] = []
     for name in options.models:
         model = load_model(name, registry)
         for measure in (saliency, gradients, occlusion, perturbation, ascent):
+            if options.only and measure.__name__ not in options.only:
+                continue
             rows += [(name, *row) for row in measure(model, options.rounds)]
-        rows += [(name, *row) for row in streaming(model, min(options.rounds, 5))]
-    for name in ("vgg16@random", "squeezenet1_1", "resnet18@random"):
+        if not options.only or "streaming" in options.only:
+            rows += [(name, *row) for row in streaming(model, min(options.rounds, 5))]
+    for name in () if options.only and "occlusion" not in options.only else ("vgg16@random", "squeezenet1_1", "resnet18@random"):
         rows += [("", *row) for row in incremental(name, min(options.rounds, 3))]
-    rows += [("", *row) for row in neighbours(options.rounds) + command_line() + tracking()]
+    if not options.only or "rest" in options.only:
+        rows += [("", *row) for row in neighbours(options.rounds) + command_line() + tracking()]
     if options.memory:
         rows += [("", *row) for row in memory()]
     width = max(len(f"{r[0]} {r[1]}") for r in rows)

@@ -171,6 +171,9 @@ class Context:
 
     def _again(self, used: Used, model: LoadedModel, images: Tensor, target: TargetSpec | None, keep: list[int]) -> dict[str, Artifact]:
         technique = used.technique
+        target = getattr(technique, "target", None) if target is None else target
+        if isinstance(target, list) and len(target) == len(self.ids) != len(keep):
+            target = [target[i] for i in keep]
         if target is not None and "target" in type(technique).model_fields:
             technique = technique.model_copy(update={"target": target})
         ctx = Context(

@@ -284,7 +284,7 @@ def with_masks(dataset: Dataset, entry: DatasetEntry) -> Dataset:
 
     found = [(i, path) for i, path in zip(dataset.ids, paths, strict=True) if path is not None]
     marked = _hash_files([path for _, path in found], [i for i, _ in found])
-    digest = hashlib.sha256(f"{dataset.fingerprint}\n{marked}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{dataset.fingerprint}\n{marked}\n{entry.masks_show}".encode()).hexdigest()
     return replace(dataset, marks=Marks(entry.masks_show or "the marked region", get), fingerprint=digest)
 
 

@@ -155,16 +155,20 @@ def trace_calls(forward: Callable[[Tensor], Any], modules: Mapping[str, nn.Modul
 
 # -- other rules for the backward pass through ReLU ---------------------------------------------------------------------
 
-Rule = Literal["guided", "deconvnet"]
+Rule = Literal["guided", "deconvnet", "redirected"]
 
 
 class _Rectify(torch.autograd.Function):
-    """ReLU whose backward pass follows a rule: 'guided' g * (g > 0) * (x > 0), 'deconvnet' g * (g > 0)."""
+    """ReLU whose backward pass follows a rule: 'guided' g * (g > 0) * (x > 0), 'deconvnet' g * (g > 0).
+
+    'redirected' is the plain rule, but for pictures to which nothing would come back: those get what pushes silent units up,
+    so that ascent can start from them (Olah et al. 2017, doi:10.23915/distill.00007, "rectified linear units").
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rule: Rule, inplace: bool) -> Tensor:
         ctx.rule = rule
-        if rule == "guided":
+        if rule != "deconvnet":
             ctx.save_for_backward(x > 0)
         if inplace:
             ctx.mark_dirty(x)
@@ -174,6 +178,10 @@ class _Rectify(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
+        if ctx.rule == "redirected":
+            plain = gradient * ctx.saved_tensors[0]
+            silent = (plain.flatten(1) == 0).all(1).view(-1, *[1] * (plain.ndim - 1))
+            return torch.where(silent, gradient.clamp(min=0), plain), None, None
         kept = gradient.clamp(min=0)
         if ctx.rule == "guided":
             kept = kept * ctx.saved_tensors[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -47,7 +48,10 @@ def planted(rest: str, name: str, entry: DatasetEntry, registry: Registry) -> Da
     except ValidationError as error:
         problems = [describe(e, Planting.model_fields) for e in error.errors(include_url=False)]
         raise RegistryError("\n".join(f"{entry.where}: datasets.{name}.args.{problem}" for problem in problems)) from None
-    base = load_dataset(rest, registry)
+    if rest == name:
+        raise RegistryError(f"{entry.where}: dataset {name!r}: it is planted in itself; name another dataset after 'planted:'")
+    # Without this one: two that name each other end in an error and not in a circle.
+    base = load_dataset(rest, replace(registry, datasets={k: v for k, v in registry.datasets.items() if k != name}))
     if base.labels is None:
         raise DataError(f"{entry.where}: dataset {name!r}: {rest!r} has no labels; a cue goes with a class")
     keep, labels, classes = _grouped(plan, base, f"{entry.where}: dataset {name!r}")

@@ -59,6 +59,8 @@ class DeviceGuard(TorchFunctionMode):
         """file:line of the code that called torch; empty when torch itself did."""
         frame = inspect.currentframe()
         frame = frame.f_back.f_back if frame and frame.f_back else None
+        while frame is not None and frame.f_code.co_name == "__torch_function__":  # another mode, which only passed the call on
+            frame = frame.f_back
         if frame is None:
             return ""
         path = frame.f_code.co_filename

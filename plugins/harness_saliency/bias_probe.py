@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from harness import Context
 
 COLUMNS = 5
+ROOM = 0.8  # of the cue's size, that the region elsewhere must have
 
 
 class BiasProbe(Technique):
@@ -78,12 +79,15 @@ class BiasProbe(Technique):
             flips["swapped"] = self._changed(ctx, before, changed)
         measured = torch.ones_like(marked) if verb == "swapped" else marked  # a cue that is not there can still be added
         moved_by = flips[verb][measured].float()
-        chance = flips["elsewhere"][marked].float()
+        # A cue that fills most of a picture leaves no room for as much elsewhere.
+        sizes = [m.flatten(1).sum(1) for m in (masks, moved(masks))]
+        room = marked & (sizes[1] >= ROOM * sizes[0])
+        chance = flips["elsewhere"][room].float()
         low, high = wilson(int(moved_by.sum()), len(moved_by))
-        leans = low > 0.5 and low > float(chance.mean())
+        leans = low > 0.5 and (not len(chance) or low > float(chance.mean()))
         shares = {name: on_cue(m[marked], masks[marked]) for name, m in ctx.attributions().items()}
         area = masks[marked].flatten(1).float().mean(1)
-        return self._result(ctx, marks.shows, verb, changed, flips, measured, marked, shares, area, (low, high), leans)
+        return self._result(ctx, marks.shows, verb, changed, flips, measured, marked, chance, shares, area, (low, high), leans)
 
     def _changed(self, ctx: Context, before: Tensor, pictures: Tensor) -> Tensor:
         """(N,) whether the answer is another one."""
@@ -91,9 +95,9 @@ class BiasProbe(Technique):
 
     def _result(
         self, ctx: Context, cue: str, verb: str, changed: Tensor, flips: dict[str, Tensor], measured: Tensor, marked: Tensor,
-        shares: dict[str, Tensor], area: Tensor, interval: tuple[float, float], leans: bool,
+        chance: Tensor, shares: dict[str, Tensor], area: Tensor, interval: tuple[float, float], leans: bool,
     ) -> Result:  # fmt: skip
-        moved_by, chance = flips[verb][measured].float(), flips["elsewhere"][marked].float()
+        moved_by = flips[verb][measured].float()
         rate = float(moved_by.mean())
         about = {
             "swapped": "share of pictures whose answer changes when the cue alone is taken away or put in",
@@ -106,8 +110,9 @@ class BiasProbe(Technique):
                 f"{verb}_flips", rate, better="lower", per_image=moved_by.tolist(), about=about[verb],
                 detail=f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}, n = {len(moved_by)}",
             ),
-            Metric("elsewhere_flips", float(chance.mean()), per_image=chance.tolist(), about=about["elsewhere"]),
         ]  # fmt: skip
+        if len(chance):
+            metrics.append(Metric("elsewhere_flips", float(chance.mean()), per_image=chance.tolist(), about=about["elsewhere"]))
         if verb == "swapped":
             covered = flips["covered"][marked].float()
             metrics.append(
@@ -130,8 +135,11 @@ class BiasProbe(Technique):
             )
         artifacts += self._pictures(ctx, changed, verb, marked, order, shares)
         told = f"{cue}: when it alone is {verb}, the answer changes on {100 * rate:.0f} % of {len(moved_by)} pictures"
-        told += f" (95 % interval {100 * interval[0]:.0f} to {100 * interval[1]:.0f} %), when as much is covered elsewhere on "
-        told += f"{100 * float(chance.mean()):.0f} %"
+        told += f" (95 % interval {100 * interval[0]:.0f} to {100 * interval[1]:.0f} %), "
+        if len(chance):
+            told += f"when as much is covered elsewhere on {100 * float(chance.mean()):.0f} %"
+        else:
+            told += "and the cue leaves no room to cover as much elsewhere"
         if order:
             told += f"; {100 * float(shares[order[0]].mean()):.0f} % of the map of {order[0]} lies there, on "
             told += f"{100 * float(area.mean()):.0f} % of the picture"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from harness import Arrays, Curve, EveryMap, Metric, NotApplicable, Paper, Param, Result, Table, TargetSpec, Technique
 
 from .integrated_gradients import Baseline, baseline
-from .measures import SCORED, Scored, answer, unit_of
+from .measures import SCORED, Scored, answer, full_precision, unit_of
 from .saliency import TARGET
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Faithfulness(Technique):
                     float(area["deletion"][name].mean()), float(area["insertion"][name].mean()),
                     *(placed.get(name) or ([0.0, 0.0] if name == RANDOM else [1.0, 1.0])),
                     *better,
-                    float(missed[name].mean()) if name in missed else None,
+                    float(missed[name].nanmean()) if name in missed else None,
                 ]
             )  # fmt: skip
         columns = ["map", "deletion", "insertion", "deletion placed", "insertion placed", "deletion beats random", "insertion beats random"]
@@ -136,13 +137,14 @@ class Game:
         self.bases = {way: baseline(ctx, name) for way, name in bases.items()}
         rows, columns = (torch.arange(n, device=x.device) * self.side // n for n in (height, width))
         self.cell = rows[:, None] * self.side + columns  # (H, W) number of each pixel's cell
+        self.pixels = torch.outer(torch.bincount(rows), torch.bincount(columns)).flatten().to(x.dtype)  # of each cell
         self._rows, self._columns = (torch.nn.functional.one_hot(p, self.side).to(x.dtype) for p in (rows, columns))
 
     def pool(self, maps: Tensor) -> Tensor:
         """(N, cells^2) mean of each cell of maps (N, H, W)."""
-        maps = maps.to(self._rows.dtype)
-        total = self._rows.T @ maps @ self._columns
-        return (total / (self._rows.sum(0)[:, None] * self._columns.sum(0))).flatten(1)
+        with full_precision(maps):
+            total = self._rows.T @ maps.to(self._rows.dtype) @ self._columns
+        return total.flatten(1) / self.pixels
 
     def order(self, values: Tensor) -> Tensor:
         """Cells by falling value (N, cells^2); equals in a random order, the same for every map."""
@@ -152,21 +154,25 @@ class Game:
     def random(self, number: int) -> Tensor:
         return self.ctx.draws(stream=f"order {number}").rand((self.count,)).argsort(dim=1)
 
-    def answers(self, way: Way, changed: Tensor, picture: Tensor) -> Tensor:
-        """(n,) answers to copies of the pictures (n,) whose `changed` cells (n, cells^2), bool, are deleted or inserted."""
+    def answers(self, way: Way, changed: Tensor | Callable[[slice], Tensor], picture: Tensor) -> Tensor:
+        """(n,) answers to copies of the pictures (n,) whose `changed` cells (n, cells^2), bool, are deleted or inserted.
+
+        `changed` may make them for some rows at a time, where all at once would be many.
+        """
         import torch
 
         ctx, base, target = self.ctx, self.bases[way], self.ctx.target
 
         def work(rows: slice) -> Tensor:
             mine = picture[rows]
-            mask = changed[rows][:, self.cell].unsqueeze(1)  # (n, 1, H, W)
+            cells = changed[rows] if isinstance(changed, torch.Tensor) else changed(rows)
+            mask = cells[:, self.cell].unsqueeze(1)  # (n, 1, H, W)
             clean, hidden = ctx.images[mine], base[mine]
             copies = torch.where(mask, hidden, clean) if way == "deletion" else torch.where(mask, clean, hidden)
             with torch.no_grad():
                 return answer(target, target.output(ctx.model, copies), mine, self.scored)
 
-        return torch.cat(list(ctx.batched(len(changed), work)))
+        return torch.cat(list(ctx.batched(len(picture), work)))
 
     def curve(self, way: Way, order: Tensor) -> Tensor:
         """(N, steps + 1) answers with 0, 1/steps, ... of the cells changed, most important first."""
@@ -193,10 +199,14 @@ class Game:
         ends = [round(self.count * (i + 1) / rounds) for i in range(rounds)]
         for start, end in zip([0, *ends], ends, strict=False):
             left = (~gone).nonzero()[:, 1].view(n, -1)  # every picture has as many left
-            tried = gone[:, None].repeat(1, left.shape[1], 1).scatter_(2, left.unsqueeze(2), True)
             picture = torch.arange(n, device=device).repeat_interleave(left.shape[1])
-            changed = tried if way == "deletion" else ~tried
-            value = self.answers(way, changed.flatten(0, 1), picture).view(n, -1)
+            alone = left.flatten()
+
+            def tried(rows: slice, gone: Tensor = gone, picture: Tensor = picture, alone: Tensor = alone) -> Tensor:
+                cells = gone[picture[rows]].scatter(1, alone[rows, None], True)
+                return cells if way == "deletion" else ~cells
+
+            value = self.answers(way, tried, picture).view(n, -1)
             next_ = left.gather(1, value.argsort(dim=1, descending=way == "insertion", stable=True)[:, : end - start])
             order = torch.cat([order, next_], 1)
             gone = gone.scatter(1, next_, True)
@@ -243,12 +253,15 @@ def unexplained(ctx: Context, game: Game, means: dict[str, Tensor], count: int) 
     clean = game.answers("deletion", torch.zeros_like(hidden[:, 0]), pictures)
     after = game.answers("deletion", hidden.flatten(0, 1), pictures.repeat_interleave(count)).view(n, count)
     effect = clean[:, None] - after
-    return {name: infidelity((hidden * values[:, None]).sum(2), effect) for name, values in means.items()}
+    return {name: infidelity((hidden * (values * game.pixels)[:, None]).sum(2), effect) for name, values in means.items()}
 
 
 def infidelity(predicted: Tensor, effect: Tensor) -> Tensor:
-    """(N,) mean of (b predicted - effect)^2 over that of effect^2, b being the best scale; (N, P) each. 1 for a zero map."""
+    """(N,) mean of (b predicted - effect)^2 over that of effect^2, b >= 0 being the best scale; (N, P) each.
+
+    1 for a map that is zero or the wrong way round, NaN where nothing has an effect.
+    """
     squared = predicted.square().sum(1)
-    scale = (predicted * effect).sum(1) / squared.clamp_min(1e-30)
+    scale = ((predicted * effect).sum(1) / squared.clamp_min(1e-30)).clamp(min=0)
     rest = (scale[:, None] * predicted - effect).square().sum(1)
-    return rest / effect.square().sum(1).clamp_min(1e-30)
+    return rest / effect.square().sum(1)

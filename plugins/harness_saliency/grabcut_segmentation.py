@@ -134,15 +134,19 @@ class GrabcutSegmentation(Technique):
             Heatmaps("mask", cuts.astype(np.float32), captions=texts, unit="1 object", shared_scale=True),
         ]  # fmt: skip
         metrics = [Metric("object_share", float(share.mean()), per_image=share.tolist(), about="share of the picture that is cut out")]
-        if ctx.masks is not None:
-            overlap = iou(cuts, ctx.masks.cpu().numpy())
-            metrics.insert(
-                0,
-                Metric(
-                    "iou", float(overlap.mean()), better="higher", per_image=overlap.tolist(),
-                    about="intersection over union of what is cut out and the dataset's mask",
-                ),
-            )  # fmt: skip
+        marks = ctx.dataset.marks if ctx.masks is not None else None
+        if ctx.masks is not None and marks is not None and marks.swapped is None:  # a mark that can be swapped is a cue, no object
+            masks = ctx.masks.cpu().numpy()
+            known = masks.any((1, 2))
+            if known.any():
+                overlap = iou(cuts[known], masks[known])
+                metrics.insert(
+                    0,
+                    Metric(
+                        "iou", float(overlap.mean()), better="higher", per_image=overlap.tolist(),
+                        about=f"intersection over union of what is cut out and the mask of {marks.shows}, where there is one",
+                    ),
+                )  # fmt: skip
         return Result(artifacts, metrics, notes)
 
 

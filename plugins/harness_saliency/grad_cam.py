@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness import Heatmaps, NotApplicable, Paper, Param, Result, TargetSpec, Technique
+from harness import ConfigError, Heatmaps, NotApplicable, Paper, Param, Result, TargetSpec, Technique
 
 from .measures import captions, concentration
 from .saliency import TARGET
@@ -70,7 +70,10 @@ class GradCam(Technique):
         def work(rows: slice) -> Tensor:
             with torch.enable_grad():
                 output, maps = model.tap(ctx.images[rows], layer, lambda x: target.output(model, x))
-                gradient = torch.autograd.grad(target.score(output, rows).sum(), maps)[0]
+                score = target.score(output, rows).sum()
+                if not score.requires_grad:
+                    raise ConfigError(f"grad_cam.layer: the target does not stand on {layer!r}; name a layer that leads to it")
+                gradient = torch.autograd.grad(score, maps)[0]
             weighted = (gradient.mean((2, 3), keepdim=True) * maps.detach()).sum(1)
             return weighted.clamp(min=0) if self.relu else weighted
 

@@ -8,6 +8,7 @@ map, or a layer mixes all places, the full map is put together and the network g
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _PLACEWISE_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, F.gelu, F.silu, F.hardswish, F.dropout, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, operator.add,
     operator.iadd, operator.mul, operator.imul, torch.add, torch.mul,
 }  # fmt: skip
+_IN_PLACE = {operator.iadd, operator.imul, F.relu_, torch.relu_}
 _PLACEWISE_METHODS = {"relu", "relu_", "add", "add_", "mul", "mul_", "sigmoid", "contiguous"}
 
 
@@ -55,8 +57,8 @@ class Boxes:
 class Incremental:
     """Answers to one picture with boxes of it changed.
 
-    `boxes` are (top, bottom, left, right) in pixels. `saving` is the share of the convolutions' work that is left, 1 for none
-    saved; ValueError where the network cannot be traced.
+    `boxes` are (top, bottom, left, right) in pixels. `work` counts the multiplications of a whole pass, `left` is the share of
+    them that remains; ValueError where the network cannot be traced, or writes over values that it still reads.
     """
 
     def __init__(self, model: LoadedModel, boxes: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> None:
@@ -65,6 +67,7 @@ class Incremental:
             self.graph = symbolic_trace(model.module).graph
         except Exception as error:  # control flow that depends on values, and whatever else tracing meets
             raise ValueError(f"the network cannot be traced: {error}") from error
+        self._refuse_overwriting()
         # All boxes get the size of the largest; one at the edge starts earlier and covers what stays as it is.
         height, width = max(b - t for t, b, _, _ in boxes), max(r - left for _, _, left, r in boxes)
         tops, lefts = [min(t, size[0] - height) for t, _, _, _ in boxes], [min(left, size[1] - width) for _, _, left, _ in boxes]
@@ -73,16 +76,34 @@ class Incremental:
             example = torch.zeros((1, model.input.channels, *size), device=model.device, dtype=model.dtype)
             shapes: dict[Node, Any] = {n: v.shape if isinstance(v, Tensor) else () for n, v in self._run(model.normalise(example)).items()}
         self.plan: dict[Node, Boxes | None] = {}  # None: the full map
-        work, left = 0.0, 0.0
+        work, rest = 0.0, 0.0
         for node in self.graph.nodes:
             self.plan[node] = self._place(node, shapes)
-            module = model.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, nn.Conv2d):
-                own = float(shapes[node][2] * shapes[node][3] * module.weight.numel())
-                box = self.plan[node]
-                work += own
-                left += own if box is None else own * box.size[0] * box.size[1] / (shapes[node][2] * shapes[node][3])
-        self.work, self.saving = work, left / work if work else 1.0
+            own, box = self._multiplications(node, shapes), self.plan[node]
+            work += own
+            rest += own if box is None else own * box.size[0] * box.size[1] / (shapes[node][2] * shapes[node][3])
+        self.work, self.left = work, rest / work if work else 1.0
+
+    def _multiplications(self, node: Node, shapes: dict[Node, Any]) -> float:
+        """Of a convolution, a linear layer or an attention; the rest is small."""
+        module = self.model.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Conv2d):
+            return float(shapes[node][2] * shapes[node][3] * module.weight.numel())
+        if isinstance(module, nn.Linear):
+            return float(math.prod(shapes[node][1:-1]) * module.weight.numel())
+        if isinstance(module, nn.MultiheadAttention):  # four maps of every place, and every place with every other
+            places = shapes[node.all_input_nodes[0]][1]
+            return float(4 * places * module.embed_dim**2 + 2 * places**2 * module.embed_dim)
+        return 0.0
+
+    def _refuse_overwriting(self) -> None:
+        """ValueError where something in place changes a value that another node reads as well: the order would matter."""
+        for node in self.graph.nodes:
+            module: Any = self.model.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            method = node.op == "call_method" and str(node.target).endswith("_")
+            inplace = getattr(module, "inplace", False) or node.kwargs.get("inplace", False) or node.target in _IN_PLACE or method
+            if inplace and node.all_input_nodes and len(node.all_input_nodes[0].users) > 1:
+                raise ValueError(f"{node.name} writes over what others read")
 
     # -- what is where ---------------------------------------------------------------------------------------------------
 

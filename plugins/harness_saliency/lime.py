@@ -50,7 +50,7 @@ class Lime(Technique):
 
     target: TargetSpec = Param("predicted", description=TARGET)
     samples: int = Param(1000, ge=2, le=1_000_000, description="copies a picture")
-    segments: int = Param(40, ge=1, le=2000, description="superpixels aimed at; small pictures get fewer, of four pixels at least")
+    segments: int = Param(30, ge=1, le=2000, description="superpixels aimed at; small pictures get fewer, of four pixels at least")
     compactness: float = Param(10.0, gt=0, description="SLIC's: higher gives squarer superpixels, lower follows colours more")
     fill: Literal["mean", "grey", "black", "white", "blur", "own"] = Param(
         "mean",
@@ -83,7 +83,7 @@ class Lime(Technique):
             concentration(tensor),
             Metric(
                 "fit", float(np.mean(fit)), better="higher", per_image=fit,
-                about="share of the variance of the answers to masked copies that the linear model explains, weighted by nearness",
+                about="adjusted share of the variance of the answers to nearby masked copies that the linear model explains",
             ),
         ]  # fmt: skip
         single = [
@@ -95,12 +95,18 @@ class Lime(Technique):
         """(H, W) superpixel numbers from 0 on (Achanta et al. 2012, doi:10.1109/TPAMI.2012.120)."""
         from skimage.segmentation import slic
 
-        pixels = image.detach().float().cpu().numpy().transpose(1, 2, 0)
-        wanted = min(self.segments, max(1, pixels.shape[0] * pixels.shape[1] // 4))
+        pixels = image.detach().double().cpu().numpy().transpose(1, 2, 0)
+        wanted = self.wanted(*pixels.shape[:2])
         if wanted == 1:
             return np.zeros(pixels.shape[:2], dtype=np.int64)
-        found = slic(pixels.astype(np.float64), n_segments=wanted, compactness=self.compactness, start_label=0, channel_axis=-1)
+        # Grey as colour: SLIC weighs lightness of 0 to 100 against places, and leaves grey in [0, 1]. Smoothed, or noise falls apart.
+        pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+        found = slic(pixels, n_segments=wanted, compactness=self.compactness, sigma=1, start_label=0, channel_axis=-1)
         return np.unique(found, return_inverse=True)[1].reshape(found.shape).astype(np.int64)
+
+    def wanted(self, height: int, width: int) -> int:
+        """How many superpixels are asked for."""
+        return min(self.segments, max(1, height * width // 4))
 
     def explain(self, ctx: Context, segments: list[np.ndarray]) -> list[Explained]:
         """The linear model of each picture."""
@@ -139,7 +145,8 @@ class Lime(Technique):
         """
         if count < 31 and 2**count <= self.samples:
             every = np.array(list(itertools.product((True, False), repeat=count)))
-            return every, nearness(every, self.distance, self.width)
+            near = nearness(every, self.distance, self.width)
+            return every, near * (self.samples / near.sum())  # as much in all as drawn ones have, for the ridge's sake
         draws = ctx.draws([ctx.ids[picture]], stream="masks")
         below = np.cumsum(likelihood(count, self.distance, self.width))
         place = (np.arange(self.samples) + draws.rand((self.samples,))[0].cpu().numpy()) / self.samples
@@ -190,6 +197,8 @@ def fit_linear(masks: np.ndarray, answers: np.ndarray, near: np.ndarray, ridge: 
     z = masks.astype(np.float64)
     if np.ptp(answers) <= 1e-6 * np.abs(answers).max():  # rounding
         return Explained(np.zeros(z.shape[1]), 0.0)
+    if z.shape[1] == 1:  # on and off: nothing to fit, and nothing for a penalty to decide
+        return Explained(answers[z[:, 0] == 1].mean(keepdims=True) - answers[z[:, 0] == 0].mean(), 1.0)
     share = near / near.sum()
     centred, left = z - share @ z, answers - share @ answers
     normal = centred.T @ (near[:, None] * centred)
@@ -200,7 +209,10 @@ def fit_linear(masks: np.ndarray, answers: np.ndarray, near: np.ndarray, ridge: 
         weights = np.linalg.lstsq(normal, moment, rcond=None)[0]
     total = float(near @ np.square(left))
     rest = float(near @ np.square(left - centred @ weights))
-    return Explained(weights, 1 - rest / total if total > 0 else 0.0)
+    fit = 1 - rest / total if total > 0 else 0.0
+    # Adjusted for the number of weights, which fit noise as well (Wherry 1931).
+    count, free = z.shape
+    return Explained(weights, max(0.0, 1 - (1 - fit) * (count - 1) / (count - free - 1)) if count > free + 1 else 0.0)
 
 
 def outlines(segments: np.ndarray) -> np.ndarray:

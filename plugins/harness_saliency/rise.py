@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from harness import Heatmaps, Paper, Param, Result, TargetSpec, Technique
 
 from .integrated_gradients import Baseline, baseline
-from .measures import SCORED, Scored, answer, captions, concentration, unit_of, zero_notes
+from .measures import SCORED, Scored, answer, captions, concentration, full_precision, unit_of, zero_notes
 from .saliency import TARGET
 
 if TYPE_CHECKING:
@@ -68,24 +68,26 @@ class Rise(Technique):
         ways = [_enlarging(self.grid, size, x) for size in x.shape[2:]]
         count = len(x) * self.masks
 
-        def work(rows: slice) -> None:
+        def work(rows: slice) -> tuple[slice, Tensor, Tensor]:
             picture = torch.arange(rows.start, rows.stop, device=x.device) // self.masks
-            masks = enlarge(grids[rows], shifts[rows], ways, x.shape[2:])  # (n, H, W)
+            with full_precision(x):
+                masks = enlarge(grids[rows], shifts[rows], ways, x.shape[2:])  # (n, H, W)
             copies = torch.lerp(hidden[picture], x[picture], masks.unsqueeze(1))
             with torch.no_grad():
                 value = answer(target, target.output(model, copies), picture, self.scored)
+            return rows, masks, value.to(x.dtype)
+
+        for rows, masks, value in ctx.batched(count, work):
             for i in range(rows.start // self.masks, (rows.stop - 1) // self.masks + 1):
                 mine = slice(max(rows.start, i * self.masks) - rows.start, min(rows.stop, (i + 1) * self.masks) - rows.start)
                 if rows.start <= i * self.masks:
                     first[i] = value[mine][0] if self.centred else 0
                 above = value[mine] - first[i]
-                total[i] += torch.tensordot(above, masks[mine], 1)
+                with full_precision(x):
+                    total[i] += torch.tensordot(above, masks[mine], 1)
                 area[i] += masks[mine].sum(0)
                 sums[i] += above.sum()
             ctx.report("masks", rows.stop, count)
-
-        for _ in ctx.batched(count, work):
-            pass
         if self.centred:
             total = total - (sums / self.masks).view(-1, 1, 1) * area
         return total / (self.keep * self.masks)

@@ -79,7 +79,7 @@ class SanityChecks(Technique):
         draws = {name: ctx.draws([name], stream="weights") for name in layers}
         for done, (start, end) in enumerate(zip([0, *ends], ends, strict=False), 1):
             for name in layers[start:end]:
-                randomise(mixed.modules[name], draws[name], self.how)
+                randomise(mixed.module.get_submodule(name), draws[name], self.how)
             for name in [n for n in original if n not in lost]:
                 try:
                     found: Any = ctx.again(name, model=mixed, target=target, rows=rows)
@@ -145,11 +145,22 @@ class SanityChecks(Technique):
 
 
 def weighted(model: LoadedModel) -> list[str]:
-    """Modules with weights of their own, in reverse order of a forward pass."""
+    """Modules with weights of their own, in reverse order of a forward pass.
+
+    One that no call shows (attention multiplies by some weights without calling their modules) stands with the nearest module
+    around it that is called; what belongs to the network as a whole comes last.
+    """
     from harness.hooks import split_call
 
-    names = list(dict.fromkeys(split_call(name)[0] for name, _ in reversed(model.calls)))
-    return [n for n in names if any(True for _ in model.modules[n].parameters(recurse=False))]
+    place = {split_call(name)[0]: i for i, (name, _) in enumerate(model.calls)}
+
+    def when(name: str) -> int:
+        while name and name not in place:
+            name = name.rpartition(".")[0]
+        return place.get(name, -1)
+
+    own = [n for n, m in model.module.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    return sorted(own, key=lambda n: (-when(n), n))
 
 
 def copied(model: LoadedModel) -> LoadedModel:

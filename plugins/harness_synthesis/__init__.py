@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from harness import Technique, hookimpl
 
+from .channel_visualization import ChannelVisualization
 from .class_visualization import ClassVisualization
 from .deep_dream import DeepDream
 
-__all__ = ["ClassVisualization", "DeepDream"]
+__all__ = ["ChannelVisualization", "ClassVisualization", "DeepDream"]
 
 
 @hookimpl
 def harness_techniques() -> list[type[Technique]]:
-    return [ClassVisualization, DeepDream]
+    return [ChannelVisualization, ClassVisualization, DeepDream]

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import ConfigError, Curve, Images, Metric, Paper, Param, Result, Technique
+from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Technique
+
+from .blocks import blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +56,8 @@ class DeepDream(Technique):
 
         layer = self.layer or dreaming(ctx)
         _, rows, columns = ctx.model.maps_shape(layer)
+        if self.octaves > 1:
+            takes_any_size(ctx, layer)
         side = min(ctx.images.shape[2:])
         smallest = round(side / self.octave_scale ** (self.octaves - 1))
         if smallest < 2 * max(1, side // min(rows, columns)) or smallest < 8:
@@ -158,15 +162,23 @@ class DeepDream(Technique):
 
 
 def dreaming(ctx: Context) -> str:
-    """The block three quarters of the way through those with maps before the class scores: no part of a block, if there are blocks."""
-    model = ctx.model
-    names = [n for n, s in model.calls if len(s) == 4 and s[2] * s[3] > 1 and n not in model.channels_behind]
-    names = names[: names.index(model.last_maps) + 1]
-    for depth in range(max(n.count(".") for n in names) + 1):
-        outer = [n for n in names if n.count(".") <= depth]
-        if len(outer) >= 4:
-            break
-    return outer[round(0.75 * (len(outer) - 1))]
+    """The block of convolutions three quarters of the way to the class scores."""
+    found = blocks(ctx.model)
+    if not found:
+        raise NotApplicable(f"needs layers with maps; {ctx.model.name!r} has none before its class scores")
+    return found[round(0.75 * (len(found) - 1))]
+
+
+def takes_any_size(ctx: Context, layer: str) -> None:
+    """NotApplicable where the model takes pictures of its own size only."""
+    import torch
+
+    images = ctx.images[:1]
+    try:
+        with torch.no_grad():
+            ctx.model.activations(torch.nn.functional.pad(images, (0, 8, 0, 8)), [layer])
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise NotApplicable(f"needs a model that takes pictures of any size, or `octaves` 1; {ctx.model.name!r} says: {error}") from None
 
 
 def sizes(side: int, octaves: int, scale: float) -> list[int]:

@@ -17,6 +17,7 @@ TECHNIQUES = load_plugins().techniques
 # Parameters that make a run on 8 x 8 pictures possible or short; anything missing here runs with its defaults.
 SMALL = {
     "class_visualization": {"steps": 4, "classes": [3, 5]},
+    "channel_visualization": {"steps": 4, "count": 2, "rows": 2},
     "deep_dream": {"octaves": 1, "steps": 2, "frames": 2},
     "tsne_map": {"iterations": 250, "seeds": 1, "perplexity": [3]},
     "rise": {"masks": 60},

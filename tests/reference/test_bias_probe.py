@@ -79,6 +79,20 @@ def test_shares_and_moved_regions_by_hand():
     assert not (moved(torch.ones(1, 4, 4, dtype=torch.bool))).any()  # a cue that is everywhere has no elsewhere
 
 
+def test_a_cue_that_is_everywhere_has_no_control(registry):
+    data = plant(registry, cue="tint", correlation=0.5).select(indices=range(12))
+
+    class Blue(nn.Module):
+        def forward(self, x):
+            blue = (x[:, 2] - x[:, 1]).mean((1, 2)) * 20
+            return torch.stack([blue, -blue], 1)
+
+    model = LoadedModel(Blue(), InputSpec(size=32, mean=(0.0,) * 3, std=(1.0,) * 3), classes=("a", "b"))
+    result = run_once(BiasProbe(techniques=("saliency",)), model, data)
+    assert not any(m.name == "elsewhere_flips" for m in result.metrics)
+    assert "leaves no room to cover as much elsewhere" in result.notes[0]
+
+
 def test_a_users_own_masks(tmp_path, registry, digits_cnn):
     """A folder of pictures and one of masks: the cue is covered, since nobody knows how to swap it."""
     rng = np.random.default_rng(0)
@@ -119,7 +133,8 @@ def test_needs_marks(digits_cnn, registry):
 
 
 def plant(registry, **args):
-    entry = DatasetEntry(source="planted:digits_test", args={"of": ["8"], **args})
+    source = args.pop("source", "planted:digits_test")
+    entry = DatasetEntry(source=source, args={"of": ["8"], **args})
     registry = registry.__class__(models=registry.models, datasets={**registry.datasets, "mine": entry}, recipes={})
     return load_dataset("mine", registry)
 
@@ -172,6 +187,7 @@ def test_colour_pictures_keep_their_colours(registry):
         ({"kind": "patch"}, RegistryError, r"args\.kind: unknown key"),
         ({"groups": {"a": ["0"], "b": ["0"]}, "of": ["a"]}, DataError, "class '0' stands in two"),
         ({"groups": {"a": ["zero"]}, "of": ["a"]}, DataError, "no class 'zero'"),
+        ({"source": "planted:mine"}, RegistryError, "planted in itself"),
     ],
 )
 def test_plantings_that_make_no_sense(args, error, message, registry):

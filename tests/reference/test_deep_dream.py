@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness import ConfigError
+from harness import ConfigError, NotApplicable
 from harness import optimise as o
 from harness.context import Context, to_images
 from harness.datasets import load_dataset
@@ -159,6 +159,15 @@ def test_what_cannot_be(digits_cnn):
         DeepDream.build({"octave_scale": 1})
 
 
+def test_a_model_of_one_size_only():
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    vit = LoadedModel(VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=4), InputSpec(size=32))
+    with pytest.raises(NotApplicable, match="takes pictures of any size"):
+        DeepDream(layer="conv_proj", octaves=2).run(context(vit))
+
+
 def test_a_score_that_stops_being_finite_keeps_the_last_good_picture():
     class Breaks(nn.Module):
         def __init__(self):
@@ -177,3 +186,20 @@ def test_a_score_that_stops_being_finite_keeps_the_last_good_picture():
     assert "stopped being finite" in result.notes[0]
     assert np.isfinite(result.artifacts[0].data).all()
     assert result.artifacts[0].data.max() < 0.93
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("squeezenet1_1", "features.10"),
+        ("resnet18", "layer3"),
+        ("vgg16", "features.22"),
+        ("googlenet", "inception4d"),
+        ("digits_cnn", "features.6"),
+    ],
+)
+def test_a_block_three_quarters_deep_dreams_when_none_is_named(name, layer, registry):
+    from harness.models import load_model
+    from harness_synthesis.deep_dream import dreaming
+
+    assert dreaming(Context(load_model(f"{name}@random", registry))) == layer

@@ -13,7 +13,7 @@ from harness import ConfigError, NotApplicable
 from harness.context import Context, to_images
 from harness.datasets import load_dataset
 from harness.models import LoadedModel, load_model
-from harness.registry import InputSpec
+from harness.registry import InputSpec, load_registry
 from harness.testing import run_once, small_dataset
 from harness_saliency import GradCam, IntegratedGradients, Saliency, Smoothgrad
 from harness_saliency.integrated_gradients import baseline, quadrature
@@ -252,6 +252,10 @@ def test_the_model_is_left_alone_and_batches_do_not_matter(digits_cnn):
 def test_what_grad_cam_says(digits_cnn):
     with pytest.raises(ConfigError, match=r"layer 'features\.6' comes after"):
         GradCam(layer="features.6").run(context(digits_cnn, target="layer:features.0"))
+    beside = load_model("squeezenet1_1@random", load_registry())
+    ctx = context(beside, 1, target="channel:features.3.expand3x3:0")
+    with pytest.raises(ConfigError, match="does not stand on 'features.3.expand1x1'"):
+        GradCam(layer="features.3.expand1x1").run(ctx)
     with pytest.raises(NotApplicable, match="needs a layer with maps"):
         GradCam(layer="classifier.1").run(context(digits_cnn))
     with pytest.raises(ConfigError, match="no layer 'features.9'"):

@@ -85,7 +85,7 @@ def test_every_kind_of_layer(size):
     model = LoadedModel(Odd().double(), InputSpec(channels=1, size=40, mean=(0.1,), std=(0.3,)))
     found, expected, incremental = compare(model, windows(*size, 6, 5), size)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert incremental.saving < 0.6
+    assert incremental.left < 0.6
 
 
 def test_a_strided_convolution_that_skips_the_box():
@@ -103,7 +103,7 @@ def test_the_estimate_of_the_work_left():
     net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = LoadedModel(net, InputSpec(channels=1, size=20, mean=(0.0,), std=(1.0,)))
     incremental = Incremental(model, windows(20, 20, 4, 4), (20, 20))
-    assert incremental.saving == pytest.approx(36 / 400)
+    assert incremental.left == pytest.approx(36 / 400)
     assert incremental.work == 20 * 20 * 18
 
 
@@ -145,3 +145,25 @@ def test_a_wrong_result_is_noticed(squeezenet, monkeypatch):
     answers = Incremental.answers
     monkeypatch.setattr(Incremental, "answers", lambda *args: answers(*args) + 1)
     torch.testing.assert_close(technique.measure(ctx).drops, full.measure(ctx).drops)
+
+
+def test_a_network_that_writes_over_what_it_still_reads_is_refused():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.d = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            x = self.c(x)
+            y = self.d(x)
+            x.relu_()
+            return (x + y).mean((2, 3))
+
+    model = LoadedModel(Overwrites(), InputSpec(channels=1, size=16, mean=(0.0,), std=(1.0,)))
+    with pytest.raises(ValueError, match="writes over what others read"):
+        Incremental(model, windows(16, 16, 4, 4), (16, 16))
+
+
+def test_a_transformers_work_is_not_in_its_convolution(registry):
+    model = load_model("vit_b_16@random", registry)
+    assert Incremental(model, windows(224, 224, 32, 32), (224, 224)).left > 0.95

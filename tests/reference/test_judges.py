@@ -111,12 +111,16 @@ def test_a_constant_map_is_ordered_at_random():
 
 def test_infidelity_equals_captum_at_the_best_scale(digits_cnn):
     """Same perturbations: captum's normalised infidelity over the mean squared effect."""
+    import copy
+
+    digits_cnn = LoadedModel(copy.deepcopy(digits_cnn.module).double(), digits_cnn.input)
     ctx = context(digits_cnn, 2, target=1)
     g = Game(ctx, 8, 8, {"deletion": "black", "insertion": "black"}, "score")
-    maps = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(3))
+    maps = ctx.input_gradient()[:, 0] * ctx.images[:, 0]
+    maps = maps + 0.1 * torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(3))
     draws = ctx.draws(stream="rectangles").randint(0, 8, (10, 4))
     low, high = torch.minimum(draws[..., :2], draws[..., 2:]), torch.maximum(draws[..., :2], draws[..., 2:])
-    masks = torch.zeros(2, 10, 8, 8)
+    masks = torch.zeros(2, 10, 8, 8, dtype=torch.float64)
     for i in range(2):
         for p in range(10):
             (t, left), (b, r) = low[i, p].tolist(), high[i, p].tolist()
@@ -135,13 +139,15 @@ def test_infidelity_equals_captum_at_the_best_scale(digits_cnn):
         theirs = captum_infidelity(
             digits_cnn, perturb, ctx.images, maps[:, None], target=1, n_perturb_samples=10, max_examples_per_batch=2, normalize=True
         )
-    torch.testing.assert_close(found * effect.square().mean(1), theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found * effect.square().mean(1), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_infidelity_by_hand():
     effect = torch.tensor([[1.0, 2.0, -1.0]])
     torch.testing.assert_close(infidelity(3 * effect, effect), torch.zeros(1), rtol=0, atol=1e-6)
     torch.testing.assert_close(infidelity(torch.zeros(1, 3), effect), torch.ones(1))
+    torch.testing.assert_close(infidelity(-effect, effect), torch.ones(1))  # the wrong way round
+    assert infidelity(effect, torch.zeros(1, 3)).isnan().all()  # nothing to explain
     torch.testing.assert_close(infidelity(torch.tensor([[1.0, 0.0, 1.0]]), effect), torch.ones(1))  # nothing in common
 
 
@@ -237,6 +243,29 @@ def test_weights_are_replaced_in_a_copy_from_the_last_layer_on(how, digits_cnn):
         assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
     else:
         assert float(new.std()) == pytest.approx(float(old.std()), rel=0.1)
+
+
+def test_weights_that_no_call_shows_become_random_too():
+    """Attention multiplies by weights of modules it does not call; parameters of the network itself come last."""
+    from torchvision.models import SwinTransformer, VisionTransformer
+
+    torch.manual_seed(0)
+    for net in (VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4), SwinTransformer([4, 4], 16, [2, 2], [2, 2], [2, 2], num_classes=4)):
+        model = LoadedModel(net, InputSpec(size=32))
+        names = weighted(model)
+        mixed = copied(model)
+        for name in names:
+            randomise(mixed.module.get_submodule(name), context(model, 1).draws([name]), "normal")
+        before, after = model.module.state_dict(), mixed.module.state_dict()
+        same = [n for n, v in before.items() if v.is_floating_point() and v.std() > 0 and torch.equal(v, after[n])]
+        assert same == []
+        assert names[0] in ("heads.head", "head")
+
+
+def test_units_of_their_own_are_cut_to_the_pictures_looked_at(digits_cnn):
+    targets = [f"channel:features.3:{c}" for c in range(6)]
+    result = run_once(SanityChecks(techniques=("saliency",), target=targets, pictures=4, stages=2), digits_cnn, small_dataset(6))
+    assert len(result.metrics[0].per_image) == 4
 
 
 @pytest.mark.slow

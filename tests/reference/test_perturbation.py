@@ -134,7 +134,8 @@ def test_equals_captum_with_the_same_masks(samples, digits_cnn):
     masks = iter(torch.from_numpy(drawn).float())
 
     def similarity(original, perturbed, interpretable, **_):
-        return torch.tensor(1.0 if samples < 512 else nearness(interpretable.numpy() > 0.5, "cosine", 0.25)[0])
+        own = nearness(interpretable.numpy() > 0.5, "cosine", 0.25)[0]
+        return torch.tensor(1.0 if samples < 512 else own * samples / nearness(drawn, "cosine", 0.25).sum())
 
     theirs = CaptumLime(
         digits_cnn, interpretable_model=SkLearnRidge(alpha=0.7), similarity_func=similarity, perturb_func=lambda *_, **__: next(masks)[None]
@@ -153,7 +154,53 @@ def test_regression_equals_scikit_learn():
     theirs = Ridge(alpha=2.0).fit(masks, answers, sample_weight=near)
     found = fit_linear(masks, answers, near, 2.0)
     np.testing.assert_allclose(found.weights, theirs.coef_, atol=1e-10)
-    assert found.fit == pytest.approx(theirs.score(masks, answers, sample_weight=near))
+    plain = theirs.score(masks, answers, sample_weight=near)
+    assert found.fit == pytest.approx(max(0, 1 - (1 - plain) * 79 / 72))
+
+
+def test_noise_is_not_explained():
+    """As many weights as samples fit anything; the adjusted fit says that it means nothing."""
+    rng = np.random.default_rng(0)
+    masks, answers = rng.random((60, 40)) < 0.5, rng.normal(size=60)
+    assert fit_linear(masks, answers, np.ones(60), 1.0).fit < 0.3
+
+
+def test_the_ridge_means_the_same_with_few_superpixels():
+    """All combinations weigh as much as drawn masks do: a linear black box keeps its weights."""
+    model = linear_model(9)
+    for count in (1, 2, 3):
+        ctx = context(model, 1, "lime", target=1)
+        segment = np.arange(81).reshape(9, 9) * count // 81
+        found = Lime(target=1, fill="grey").explain(ctx, [segment])[0]
+        weight = model.module[1].weight[1].view(9, 9).numpy() * (ctx.images[0, 0].numpy() - 0.5)
+        expected = np.bincount(segment.ravel(), weights=weight.ravel())
+        np.testing.assert_allclose(found.weights, expected, rtol=0.1, atol=0.02 * np.abs(expected).max())
+        assert found.fit > 0.97
+
+
+def test_noise_and_grey_pictures_have_superpixels(registry):
+    snow = load_dataset("snow_test", registry).select(8)
+    images = to_images(snow.pictures(InputSpec(size=32)), torch.device("cpu"))
+    assert min(Lime().superpixels(x).max() + 1 for x in images) > 20
+    y, x = np.mgrid[:64, :64]
+    disc = torch.from_numpy(((y - 32) ** 2 + (x - 32) ** 2 < 300).astype(np.float32))[None]
+    found = Lime().superpixels(disc)
+    inside = [disc[0].numpy()[found == s].std() for s in range(found.max() + 1)]
+    assert np.mean(inside) < 0.1  # they follow the disc's edge
+
+
+@pytest.mark.parametrize("technique", [Rise(masks=12), Lime(samples=12)])
+def test_lower_precision(technique, squeezenet):
+    from harness.device import device_settings
+
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for precision in ("float32", "bfloat16"):
+        with device_settings("cpu", precision):
+            result = technique.run(Context(squeezenet, images=images, ids=["p"], technique=technique.name, target=3))
+        found.append(result.artifacts[0].data)
+    assert np.isfinite(found[1]).all()
+    assert np.corrcoef(found[0].ravel(), found[1].ravel())[0, 1] > 0.8
 
 
 def test_nearness_is_the_papers_kernel():

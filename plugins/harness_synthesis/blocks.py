@@ -1,0 +1,48 @@
+"""The layers that people mean when they say "layer": blocks of convolutions, each with the ReLU that follows a bare one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from harness.models import LoadedModel
+
+
+def blocks(model: LoadedModel) -> list[str]:
+    """Layers with maps and convolutions in them, before the class scores, in order: whole blocks where there are at least four."""
+    from torch import nn
+
+    from harness.hooks import split_call
+
+    calls = [name for name, _ in model.calls]
+    shapes = dict(model.calls)
+
+    def module(name: str) -> nn.Module:
+        return model.modules[split_call(name)[0]]
+
+    known = [
+        n
+        for n in calls[: calls.index(model.last_map)]
+        if len(shapes[n]) == 4
+        and shapes[n][2] * shapes[n][3] > 1
+        and n not in model.channels_behind
+        and any(isinstance(m, nn.Conv2d) for m in module(n).modules())
+    ]
+    found: list[str] = []
+    for depth in range(max((n.count(".") for n in known), default=-1) + 1):
+        outer = [n for n in known if n.count(".") <= depth]
+        found = [n for n in outer if not any(other.startswith(f"{n}.") for other in outer)]
+        if len(found) >= 4:
+            break
+    return [_rectified(calls, calls.index(n), module) for n in found]
+
+
+def _rectified(calls: list[str], place: int, module: Callable[[str], nn.Module]) -> str:
+    from torch import nn
+
+    while isinstance(module(calls[place + 1]), nn.BatchNorm2d | nn.ReLU):
+        place += 1
+    return calls[place]
