@@ -202,3 +202,44 @@ def test_a_zero_gradient_is_said():
     assert not result.artifacts[0].data.any()
     assert len(result.notes) == 2
     assert (result.artifacts[1].data == 0.5).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # the peer's own
+@pytest.mark.parametrize("name", ["alexnet", "vgg16"])
+def test_equals_grad_cams_guided_backprop(name, registry):
+    """The package grad-cam on a copy, since it swaps the network's ReLUs; one picture, (H, W, C)."""
+    import copy
+
+    from pytorch_grad_cam import GuidedBackpropReLUModel
+
+    model = load_model(f"{name}@random", registry)
+    small = LoadedModel(model.module, InputSpec(size=96, mean=(0.0,) * 3, std=(1.0,) * 3))
+    ctx = context(small, 1, target=5)
+    theirs = GuidedBackpropReLUModel(model=copy.deepcopy(small.module), device=torch.device("cpu"))(ctx.images, target_category=5)
+    found = rule_gradient(ctx, "guided")[0].permute(1, 2, 0)
+    assert found.abs().max() > 0
+    torch.testing.assert_close(found, torch.as_tensor(theirs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_grad_cam_equals_the_package_grad_cam(registry):
+    """The package rescales each map to [0, 1]; so is ours here."""
+    import copy
+
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    from harness_saliency import GradCam
+
+    model = load_model("resnet18@random", registry)
+    small = LoadedModel(model.module, InputSpec(size=96, mean=(0.0,) * 3, std=(1.0,) * 3))
+    ctx = context(small, 1, target=7)
+    net = copy.deepcopy(small.module).requires_grad_(True)
+    with GradCAM(model=net, target_layers=[net.layer4]) as cam:
+        theirs = cam(input_tensor=ctx.images, targets=[ClassifierOutputTarget(7)])[0]
+    ours = GradCam(target=7, layer="layer4").attribute(ctx, "layer4")[0]
+    import cv2
+
+    enlarged = cv2.resize(ours.numpy(), (96, 96))
+    enlarged = (enlarged - enlarged.min()) / (enlarged.max() - enlarged.min())
+    assert abs(enlarged - theirs).max() < 1e-4
