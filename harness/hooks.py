@@ -168,24 +168,24 @@ class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rule: Rule, inplace: bool) -> Tensor:
         ctx.rule = rule
-        if rule != "deconvnet":
-            ctx.save_for_backward(x > 0)
         if inplace:
             ctx.mark_dirty(x)
-            return x.clamp_(min=0)
-        return x.clamp(min=0)
+        y = x.clamp_(min=0) if inplace else x.clamp(min=0)
+        if rule != "deconvnet":
+            ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
-        if ctx.rule == "redirected":
-            plain = gradient * ctx.saved_tensors[0]
-            silent = (plain.flatten(1) == 0).all(1).view(-1, *[1] * (plain.ndim - 1))
-            return torch.where(silent, gradient.clamp(min=0), plain), None, None
-        kept = gradient.clamp(min=0)
+        if ctx.rule == "deconvnet":
+            return gradient.clamp(min=0), None, None
+        (y,) = ctx.saved_tensors
         if ctx.rule == "guided":
-            kept = kept * ctx.saved_tensors[0]
-        return kept, None, None
+            return torch.ops.aten.threshold_backward(gradient.clamp(min=0), y, 0), None, None  # one pass, as torch's own ReLU
+        plain = gradient * (y > 0)
+        silent = (plain.flatten(1) == 0).all(1).view(-1, *[1] * (plain.ndim - 1))
+        return torch.where(silent, gradient.clamp(min=0), plain), None, None
 
 
 _RELU = {F.relu: False, torch.relu: False, Tensor.relu: False, F.relu_: True, torch.relu_: True, Tensor.relu_: True}
