@@ -235,7 +235,8 @@ class Context:
                 seen.append(output.detach())
             return found
 
-        gradients = torch.cat(list(self.batched(len(x), gradient)))
+        parts = list(self.batched(len(x), gradient))
+        gradients = parts[0] if len(parts) == 1 else torch.cat(parts)  # one part needs no copy
         if seen and "own_logits" not in self.__dict__:
             self.own_logits = torch.cat(seen)
         return gradients
