@@ -211,15 +211,15 @@ def test_nearness_is_the_papers_kernel():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_seeds_agree_at_a_thousand_samples(squeezenet, registry):
-    """Rank correlation of the superpixels' weights above 0.95.
+    """Rank correlation of the superpixels' weights above 0.95, the mean of six pictures spread evenly through the set.
 
-    Over six pictures, evenly through the set, it is 0.970 in the mean; in one of them, 0.868, weights near zero change places
-    (Pearson's is 0.998 there).
+    The first of them alone is below: weights near zero change places.
     """
     from scipy.stats import spearmanr
 
-    data = load_dataset("imagenet_samples", registry).select(indices=[3, 10])
+    data = load_dataset("imagenet_samples", registry).select(6)
     images = to_images(data.pictures(squeezenet.input), squeezenet.device)
     technique = Lime()
     assert technique.samples == 1000
