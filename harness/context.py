@@ -57,6 +57,14 @@ class Draws:
         """Per item `count` whole numbers low <= n < high as Python ints: no device is waited for."""
         return [torch.randint(low, high, (count,), generator=g, device="cpu").tolist() for g in self._generators]
 
+    def state(self) -> Tensor:
+        """(items, bytes) uint8: where the generators stand; `restore` puts them back there."""
+        return torch.stack([g.get_state() for g in self._generators])
+
+    def restore(self, state: Tensor) -> None:
+        for generator, found in zip(self._generators, state, strict=True):
+            generator.set_state(found.clone())  # torch reads past a view
+
 
 class Context:
     """Handed to `Technique.run`.

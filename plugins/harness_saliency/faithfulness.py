@@ -108,13 +108,12 @@ class Faithfulness(Technique):
         per_picture = {f"{way}.{name}": values.cpu() for way, found in area.items() for name, values in found.items()}
         artifacts.append(Arrays("areas", per_picture))
         metrics = [Metric("maps", len(names), about="techniques whose maps are judged")]
-        for way, better_when in (("deletion", "lower"), ("insertion", "higher")):
+        ways: tuple[tuple[Way, Literal["lower", "higher"]], ...] = (("deletion", "lower"), ("insertion", "higher"))
+        for way, better_when in ways:
             for name in [*order, RANDOM, *([ORACLE] if ORACLE in area[way] else [])]:
                 values = area[way][name].tolist()
                 about = f"area under the {way} curve, mean {unit}"
-                metrics.append(
-                    Metric(f"{way}.{name}", float(np.mean(values)), better=better_when, per_image=values, about=about)  # type: ignore[arg-type]
-                )
+                metrics.append(Metric(f"{way}.{name}", float(np.mean(values)), better=better_when, per_image=values, about=about))
         notes = [f"{name} is left out: {why}" for name, why in ctx.missing.items()]
         return Result(artifacts, metrics, notes)
 

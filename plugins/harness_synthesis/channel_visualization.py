@@ -122,7 +122,7 @@ class ChannelVisualization(Technique):
                     draws=draws,
                     transforms=[o.Jitter(jitter)] if jitter else [],
                     conditioners=[o.NaturalColours(self.natural_colours), o.LowFrequencies(self.low_frequencies)],
-                    operators=[o.Decay(self.decay, centre), o.Blur(self.blur, 4), o.ClampPixels()],
+                    operators=[o.Decay(self.decay, centre), o.Blur(self.blur, 4), o.Clamp()],
                     progress=ctx.report,
                 )
 

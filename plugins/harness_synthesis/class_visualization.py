@@ -126,7 +126,7 @@ class ClassVisualization(Technique):
             o.Blur(self.blur, self.blur_every, self.blur_end, self.steps),
             o.ClipSmallNorm(self.norm_percentile, centre),
             o.ClipSmallContribution(self.contribution_percentile, centre),
-            o.ClampPixels(),
+            o.Clamp(),
         ]
         jitter = round(self.jitter * side / 224)
 

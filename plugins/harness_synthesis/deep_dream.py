@@ -208,7 +208,7 @@ def dream(ctx: Context, objective: Objective, images: Tensor, settings: DeepDrea
             draws=draws,
             rule="mean_abs",
             transforms=[o.Jitter(pixels)] if pixels else [],
-            operators=[o.ClampPixels()],
+            operators=[o.Clamp()],
             progress=ctx.report,
         )
         detail = part.images - base

@@ -135,10 +135,10 @@ def test_operators_act_in_yosinskis_order(monkeypatch, digits_cnn):
         original = cls.__call__
         monkeypatch.setattr(cls, "__call__", lambda self, x, g, t: trace.append(cls.__name__) or original(self, x, g, t))
 
-    for cls in (o.Decay, o.Blur, o.ClipSmallNorm, o.ClipSmallContribution, o.ClampPixels):
+    for cls in (o.Decay, o.Blur, o.ClipSmallNorm, o.ClipSmallContribution, o.Clamp):
         spy(cls)
     ClassVisualization(classes=(1,), steps=1).run(Context(digits_cnn, technique="class_visualization"))
-    assert trace == ["Decay", "Blur", "ClipSmallNorm", "ClipSmallContribution", "ClampPixels"]
+    assert trace == ["Decay", "Blur", "ClipSmallNorm", "ClipSmallContribution", "Clamp"]
 
 
 def test_the_gradient_comes_back_from_under_the_jitter():
@@ -355,7 +355,7 @@ def test_loop_runs_without_values(digits_cnn):
         o.ascend(
             model, o.class_score(torch.zeros(2, dtype=torch.int64, device="meta")), torch.empty((2, 1, 8, 8), device="meta"), steps=3, step_size=0.1,
             draws=Draws(["a", "b"], torch.device("meta"), torch.float32, 0), transforms=[o.Jitter(1)],
-            operators=[o.Decay(0.1, torch.tensor(0.5, device="meta")), o.Blur(1.0, 1), o.ClampPixels()],
+            operators=[o.Decay(0.1, torch.tensor(0.5, device="meta")), o.Blur(1.0, 1), o.Clamp()],
             conditioners=[o.NaturalColours(0.5), o.LowFrequencies(0.5)],
             progress=lambda what, done, total: seen.append(done),
         )  # fmt: skip

@@ -1,0 +1,89 @@
+"""The one loop that makes images by ascending an objective; parts compose.
+
+    objective        what rises: a score a picture; objectives add and scale
+    parametrisation  what the picture is made of: pixels, Fourier coefficients, an untrained network's weights, a code
+    transforms       what happens to the picture before the model sees it (jitter, scale, rotation), differentiable
+    conditioners     what happens to the gradient before a step: ascent in other coordinates
+    rule             how far to go along the gradient (normalised, momentum, Adam, L-BFGS, line search)
+    operators        what happens to the variables after a step (decay, blur, clipping, denoising), in the order given
+
+In a technique's `run`:
+
+    from harness import optimise as o
+    made = o.ascend(
+        ctx.model, o.channel("features.6", 3) - 0.1 * o.total_variation(), ctx.images, steps=64, step_size=4 / 255,
+        draws=ctx.draws(), transforms=[o.Jitter(share=0.05)], operators=[o.Clamp()], snapshots=5,
+    )
+    return Result([Images("made", made.images)])
+
+A score that is not finite ends the work on that picture: its last good state is kept and said so.
+"""
+
+from .conditioners import NATURAL_COLOURS, ClipSmallGradients, Conditioner, LowFrequencies, NaturalColours
+from .loop import Ascent, State, ascend, join, stepped
+from .objectives import (
+    Objective,
+    alpha_norm,
+    channel,
+    class_score,
+    evaluate,
+    feature_error,
+    guide_match,
+    layer_norm,
+    squared_norm,
+    total_variation,
+)
+from .operators import Blur, Clamp, ClipSmallContribution, ClipSmallNorm, Decay, Denoise, Operator, gaussian_blur
+from .parametrisations import DeepPrior, Fourier, Parametrisation, Pixels
+from .rules import LBFGS, Adam, Constant, LineSearch, MeanAbs, Momentum, Normalised, Progress, Rule, Scaled
+from .transforms import Jitter, Pad, Rotate, Scale, Transform
+
+__all__ = [
+    "LBFGS",
+    "NATURAL_COLOURS",
+    "Adam",
+    "Ascent",
+    "Blur",
+    "Clamp",
+    "ClipSmallContribution",
+    "ClipSmallGradients",
+    "ClipSmallNorm",
+    "Conditioner",
+    "Constant",
+    "Decay",
+    "DeepPrior",
+    "Denoise",
+    "Fourier",
+    "Jitter",
+    "LineSearch",
+    "LowFrequencies",
+    "MeanAbs",
+    "Momentum",
+    "NaturalColours",
+    "Normalised",
+    "Objective",
+    "Operator",
+    "Pad",
+    "Parametrisation",
+    "Pixels",
+    "Progress",
+    "Rotate",
+    "Rule",
+    "Scale",
+    "Scaled",
+    "State",
+    "Transform",
+    "alpha_norm",
+    "ascend",
+    "channel",
+    "class_score",
+    "evaluate",
+    "feature_error",
+    "gaussian_blur",
+    "guide_match",
+    "join",
+    "layer_norm",
+    "squared_norm",
+    "stepped",
+    "total_variation",
+]

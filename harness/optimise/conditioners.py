@@ -1,0 +1,80 @@
+"""What happens to the gradient before a step.
+
+With x = L z, a step along the gradient in z moves x along L L^T g: the parametrisations of Olah, Mordvintsev & Schubert 2017
+(doi:10.23915/distill.00007, "preconditioning") become maps of the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Conditioner(Protocol):
+    def __call__(self, gradient: Tensor) -> Tensor: ...
+
+
+# Covariance of RGB over 500 ImageNet pictures, one a class, shrunk to 64 x 64; mean of the diagonal 1.
+NATURAL_COLOURS = ((0.988, 0.874, 0.805), (0.874, 0.945, 0.905), (0.805, 0.905, 1.067))
+
+
+@dataclass(frozen=True)
+class NaturalColours:
+    """Steps follow the colours of natural pictures: g -> ((1 - share) I + share Sigma) g over the channels."""
+
+    share: float
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        if self.share == 0 or gradient.shape[1] != 3:
+            return gradient
+        return torch.einsum("ij,njhw->nihw", _mixing(self.share, gradient.device, gradient.dtype), gradient)
+
+
+@dataclass(frozen=True)
+class LowFrequencies:
+    """Each spatial frequency f (cycles a pixel) of the gradient is scaled by f^-power; constant colour like the lowest."""
+
+    power: float
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        if self.power == 0:
+            return gradient
+        height, width = gradient.shape[2:]
+        scale = _frequency_scale(self.power, height, width, gradient.device, gradient.dtype)
+        return torch.fft.irfft2(torch.fft.rfft2(gradient) * scale, s=(height, width))
+
+
+# Constants are made once: a copy from the host to a device in every step would make the loop wait for it.
+
+
+@lru_cache(maxsize=32)
+def _mixing(share: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(3, 3): (1 - share) I + share Sigma."""
+    sigma = torch.tensor(NATURAL_COLOURS, device=device, dtype=dtype)
+    return (1 - share) * torch.eye(3, device=device, dtype=dtype) + share * sigma
+
+
+@lru_cache(maxsize=32)
+def _frequency_scale(power: float, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(H, W // 2 + 1): f^-power, the constant colour like the lowest frequency."""
+    fy = torch.fft.fftfreq(height, device=device, dtype=dtype)[:, None]
+    fx = torch.fft.rfftfreq(width, device=device, dtype=dtype)[None, :]
+    return (fy.square() + fx.square()).sqrt().clamp_min(1 / max(height, width)).pow(-power)
+
+
+@dataclass(frozen=True)
+class ClipSmallGradients:
+    """Elements whose magnitude lies below the picture's percentile become zero: a step moves the others alone."""
+
+    percentile: float
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        if self.percentile == 0:
+            return gradient
+        size = gradient.abs()
+        threshold = torch.quantile(size.flatten(1), self.percentile / 100, dim=1).view(-1, *[1] * (gradient.dim() - 1))
+        return torch.where(size >= threshold, gradient, torch.zeros_like(gradient))

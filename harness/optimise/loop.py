@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..context import Draws
+from ..models import LoadedModel
+from .conditioners import Conditioner
+from .objectives import Objective, evaluate
+from .operators import Operator
+from .parametrisations import Parametrisation, Pixels
+from .rules import NAMED, Memory, Progress, Rule, Scaled, rows
+from .transforms import Transform
+
+WINDOW = 20  # steps over which convergence is judged
+
+StepRule = Literal["normalised", "mean_abs", "constant", "scaled", "progress", "momentum", "adam", "lbfgs", "line_search"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where work stopped, from which it goes on as if it had not: each tensor has a row a picture."""
+
+    step: int
+    memory: Mapping[str, Tensor]
+    draws: Tensor  # (N, bytes) uint8: the random generators
+
+    def arrays(self) -> dict[str, Tensor]:
+        """As named arrays, to be stored as one artifact."""
+        return {"step": torch.tensor(self.step), "draws": self.draws, **{f"memory.{k}": v for k, v in self.memory.items()}}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, object], device: torch.device) -> State:
+        """From what `arrays` gave, read back as numpy arrays or tensors."""
+        found = {k: torch.as_tensor(v) for k, v in arrays.items()}
+        memory = {k.removeprefix("memory."): v.to(device) for k, v in found.items() if k.startswith("memory.")}
+        return cls(int(found["step"]), memory, found["draws"].cpu())
+
+    def rows(self, which: slice) -> State:
+        return State(self.step, {k: v[which] for k, v in self.memory.items()}, self.draws[which])
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """What the loop gives back."""
+
+    images: Tensor  # (N, C, H, W)
+    scores: Tensor  # (T, N): the objective before each step
+    stopped: list[int] = field(default_factory=list)  # pictures whose score stopped being finite
+    snapshots: list[tuple[int, Tensor]] = field(default_factory=list)  # (steps done, images)
+    state: State | None = None
+    variables: Tensor | None = None  # what the parametrisation made the images of
+
+
+def join(parts: Sequence[Ascent]) -> Ascent:
+    """Several batches' results as one; what stopped early is filled up with its last values."""
+    sizes = [len(part.images) for part in parts]
+    longest = max(len(part.scores) for part in parts)
+    shots = max((part.snapshots for part in parts), key=len)
+    filled = [part.snapshots or [(n, part.images) for n, _ in shots] for part in parts]
+    states = [part.state for part in parts if part.state is not None]
+    variables = [part.variables for part in parts if part.variables is not None]
+    last = max(states, key=lambda s: s.step, default=None)
+    return Ascent(
+        torch.cat([part.images for part in parts]),
+        torch.cat([_filled(part.scores, longest) for part in parts], 1),
+        [i + sum(sizes[:n]) for n, part in enumerate(parts) for i in part.stopped],
+        [(n, torch.cat([found[min(k, len(found) - 1)][1] for found in filled])) for k, (n, _) in enumerate(shots)],
+        last and State(last.step, {k: torch.cat([s.memory[k] for s in states]) for k in last.memory}, torch.cat([s.draws for s in states])),
+        torch.cat(variables) if len(variables) == len(parts) else None,
+    )
+
+
+def _filled(scores: Tensor, length: int) -> Tensor:
+    return scores if len(scores) == length else torch.cat([scores, scores[-1:].expand(length - len(scores), -1)])
+
+
+def stepped(phases: Sequence[tuple[int, float]]) -> Callable[[int], float]:
+    """A schedule: each value for its number of steps, the last one from there on."""
+
+    def value(step: int) -> float:
+        for count, size in phases:
+            if step < count:
+                return size
+            step -= count
+        return phases[-1][1]
+
+    return value
+
+
+def ascend(
+    model: LoadedModel,
+    objective: Objective,
+    start: Tensor,
+    *,
+    steps: int,
+    step_size: float | Callable[[int], float],
+    draws: Draws,
+    rule: StepRule | Rule = "normalised",
+    gain: float = 2.0,
+    parametrisation: Parametrisation | None = None,
+    transforms: Sequence[Transform] = (),
+    conditioners: Sequence[Conditioner] = (),
+    operators: Sequence[Operator] = (),
+    snapshots: int = 0,
+    converged: float = 0.0,
+    begin: State | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Ascent:
+    """Ascend the objective from `start`, variables (N, ...) of the parametrisation (pictures, without one), for `steps` steps.
+
+    step_size    a number, or a function of the step
+    rule         a Rule, or the name of one: 'normalised', 'mean_abs', 'constant', 'scaled', 'progress', 'momentum', 'adam',
+                 'lbfgs', 'line_search'; `gain` is that of 'scaled' and 'progress'. No score ever falls under the last two;
+                 they compare scores, so random transforms may not stand beside them.
+    snapshots    how many pictures on the way are kept
+    converged    a picture is left as it is once the mean of its objective over 20 steps exceeds that of the 20 before by less
+                 than this share of it; the loop ends when all are. 0: never
+    begin        the `state` of an earlier ascent: its steps are done, and the rest goes on as if it had not stopped. `start`
+                 then gives the shape alone
+
+    The device is waited for only every 20 steps. Cost: one forward and one backward pass a step, to the deepest layer the
+    objective asks for, and one forward pass at the end. Pictures do not influence one another.
+    """
+    law = _rule(rule, gain)
+    if law.careful and transforms:
+        raise ValueError(f"{type(law).__name__} compares scores, which random transforms would blur")
+    made: Parametrisation = parametrisation or Pixels()
+    size_at = step_size if callable(step_size) else lambda _: step_size
+    memory: Memory = {} if begin is None else dict(begin.memory)
+    z = memory.pop("variables", start).detach().clone()
+    done = 0 if begin is None else begin.step
+    if begin is not None:
+        draws.restore(begin.draws)
+    good = z  # the last variables of each picture whose score was finite
+    alive = memory.pop("alive", torch.ones(len(z), dtype=torch.bool, device=z.device))
+    resting = torch.zeros_like(alive)  # converged
+    before: tuple[Tensor, Tensor, Tensor] | None = None  # a careful rule: variables, gradient and score kept last
+    if "kept_variables" in memory:
+        before = (memory.pop("kept_variables"), memory.pop("kept_gradient"), memory.pop("kept_score"))
+    trace: list[Tensor] = []
+    shots: list[tuple[int, Tensor]] = []
+    wanted = {done + round((steps - done) * (i + 1) / snapshots) for i in range(snapshots)} if snapshots and steps > done else set()
+    reached = done
+
+    for step in range(done, steps):
+        score, gradient = _score_and_gradient(model, objective, z, made, transforms, draws)
+        # torch.where and not an `if`: a device is not waited for in the middle of the loop.
+        if law.careful and before is not None:
+            # A step into the void is taken back like any other that does not rise.
+            rose = (score >= before[2]) & torch.isfinite(gradient.flatten(1)).all(1)
+            mask = rows(rose, z)
+            moved, bent = (
+                torch.where(mask, z - before[0], torch.zeros_like(z)),
+                torch.where(mask, gradient - before[1], torch.zeros_like(z)),
+            )
+            z, gradient, score = (
+                torch.where(mask, z, before[0]),
+                torch.where(mask, gradient, before[1]),
+                torch.where(rose, score, before[2]),
+            )
+            law.judged(memory, rose, moved, bent, step)
+        known = torch.isfinite(score)
+        z = torch.where(rows(known, z), z, good)
+        if trace:
+            score = torch.where(known & ~resting, score, trace[-1])
+        alive = alive & known & torch.isfinite(gradient.flatten(1)).all(1)
+        good, before = z, (z, gradient, score)
+        trace.append(score)
+        if len(trace) % WINDOW == 0:
+            if converged and len(trace) >= 2 * WINDOW:
+                last, earlier = torch.stack(trace[-WINDOW:]).mean(0), torch.stack(trace[-2 * WINDOW : -WINDOW]).mean(0)
+                resting = resting | (last - earlier < converged * earlier.abs())
+            if not bool((alive & ~resting).any()):
+                break
+        move = gradient
+        for conditioner in conditioners:
+            move = conditioner(move)
+        size = size_at(step)
+        new = z + law(memory, gradient, move, size, step, fresh=step > 0 and size != size_at(step - 1))
+        for operator in operators:
+            new = operator(new, gradient, step)
+        z = torch.where(rows(alive & ~resting, z), new, z)
+        reached = step + 1
+        if reached in wanted:
+            with torch.no_grad():
+                shots.append((reached, made.images(z).clone()))
+        if progress is not None:
+            progress("steps", reached, steps)
+    ended = {**memory, "variables": z, "alive": alive}
+    if before is not None:
+        if law.careful:
+            ended |= {"kept_variables": before[0], "kept_gradient": before[1], "kept_score": before[2]}
+        # The last step has not been looked at yet.
+        with torch.no_grad():
+            image = made.images(z)
+            final = evaluate(model, objective, image, image)
+        kept = final >= before[2] if law.careful else torch.isfinite(final)
+        z = torch.where(rows(kept, z), z, good)
+        if not law.careful:  # which takes back what does not rise
+            alive = alive & kept
+            ended |= {"variables": z, "alive": alive}
+    with torch.no_grad():
+        images = made.images(z)
+    if shots and shots[-1][0] == reached:
+        shots[-1] = (reached, images.clone())
+    elif snapshots and done < reached < steps:
+        shots.append((reached, images.clone()))  # the loop ended early
+    scores = torch.stack(trace) if trace else z.new_zeros((0, len(z)))
+    stopped = torch.nonzero(~alive).flatten().tolist()
+    return Ascent(images, scores, stopped, shots, State(reached, ended, draws.state()), z)
+
+
+def _rule(rule: StepRule | Rule, gain: float) -> Rule:
+    if not isinstance(rule, str):
+        return rule
+    if rule == "scaled":
+        return Scaled(gain)
+    return Progress(gain) if rule == "progress" else NAMED[rule]()
+
+
+def _score_and_gradient(
+    model: LoadedModel, objective: Objective, z: Tensor, made: Parametrisation, transforms: Sequence[Transform], draws: Draws
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        pictures = made.images(leaf)
+        seen = pictures
+        for transform in transforms:
+            seen = transform(seen, draws)
+        score = evaluate(model, objective, seen, pictures)
+        gradient = torch.autograd.grad(score.sum(), leaf)[0]
+    return score.detach(), gradient

@@ -1,0 +1,111 @@
+"""What rises: a score a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..hooks import ANSWER
+from ..models import LoadedModel
+
+Score = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """score(outputs of `layers`, pictures) -> (N,). `a + b` and `2 * a` make new ones; one forward pass serves all."""
+
+    layers: frozenset[str]
+    score: Score
+
+    def __add__(self, other: Objective) -> Objective:
+        return Objective(self.layers | other.layers, lambda outputs, x: self.score(outputs, x) + other.score(outputs, x))
+
+    def __mul__(self, factor: float) -> Objective:
+        return Objective(self.layers, lambda outputs, x: factor * self.score(outputs, x))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Objective:
+        return self * -1
+
+    def __sub__(self, other: Objective) -> Objective:
+        return self + -other
+
+
+def class_score(classes: Tensor) -> Objective:
+    """S_c, the unnormalised class score of class c = classes[i] for picture i (Simonyan et al. 2013, eq. 1)."""
+    return Objective(frozenset({ANSWER}), lambda outputs, _: outputs[ANSWER].gather(1, classes.unsqueeze(1)).squeeze(1))
+
+
+def channel(layer: str, index: int) -> Objective:
+    """The mean over positions of one channel of a layer with maps (N, C, H, W)."""
+    return Objective(frozenset({layer}), lambda outputs, _: outputs[layer][:, index].flatten(1).mean(1))
+
+
+def layer_norm(layer: str) -> Objective:
+    """Half the squared norm of a layer, whose gradient with respect to the layer is the layer itself."""
+    return Objective(frozenset({layer}), lambda outputs, _: outputs[layer].flatten(1).square().sum(1) / 2)
+
+
+def guide_match(layer: str, guide: Tensor) -> Objective:
+    """sum over positions of max_j a . g_j: each place of the layer grows like the one of the guide's (C, H, W) it is most like.
+
+    The gradient at a place is that feature of the guide, as in the guided dreams of Mordvintsev, Olah & Tyka 2015.
+    """
+    features = guide.flatten(1)  # (C, J)
+
+    def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
+        own = outputs[layer].flatten(2)  # (N, C, P)
+        return torch.einsum("ncp,cj->npj", own, features).amax(2).sum(1)
+
+    return Objective(frozenset({layer}), score)
+
+
+def feature_error(layer: str, features: Tensor) -> Objective:
+    """||phi(x) - phi0||^2 / ||phi0||^2 of each picture, phi0 = features[i] (Mahendran & Vedaldi 2015, eq. 2); subtract it."""
+    size = features.flatten(1).square().sum(1).clamp_min(torch.finfo(features.dtype).tiny)
+
+    def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
+        return (outputs[layer] - features).flatten(1).square().sum(1) / size
+
+    return Objective(frozenset({layer}), score)
+
+
+def squared_norm(centre: Tensor | float = 0.0) -> Objective:
+    """||x - centre||_2^2 of each picture; subtract it to keep pictures near `centre`."""
+    return Objective(frozenset(), lambda _, x: (x - centre).square().flatten(1).sum(1))
+
+
+def alpha_norm(alpha: float = 6.0, centre: Tensor | float = 0.0) -> Objective:
+    """sum |x - centre|^alpha: keeps pixels within a range (Mahendran & Vedaldi 2015, sec. 3)."""
+    return Objective(frozenset(), lambda _, x: (x - centre).abs().pow(alpha).flatten(1).sum(1))
+
+
+def total_variation(beta: float = 2.0) -> Objective:
+    """sum (dx^2 + dy^2)^(beta/2), differences to the right and lower neighbour, none across the edge, summed over colours
+    (Mahendran & Vedaldi 2015, sec. 3). Where beta < 2 a flat place has no slope; 1e-10 under the root stands for it."""
+
+    def score(_: dict[str, Tensor], x: Tensor) -> Tensor:
+        dx = F.pad(x[..., 1:] - x[..., :-1], (0, 1))
+        dy = F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1))
+        squared = dx.square() + dy.square()
+        if beta != 2:
+            squared = (squared + 1e-10).pow(beta / 2)
+        return squared.flatten(1).sum(1)
+
+    return Objective(frozenset(), score)
+
+
+def evaluate(model: LoadedModel, objective: Objective, seen: Tensor, pictures: Tensor) -> Tensor:
+    """(N,) scores: layers look at `seen` (the transformed pictures), penalties at the pictures themselves."""
+    layers = sorted(objective.layers)
+    if layers == [ANSWER]:
+        outputs = {ANSWER: model(seen)}
+    else:
+        outputs = model.activations(seen, layers) if layers else {}
+    return objective.score(outputs, pictures)

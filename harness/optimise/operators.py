@@ -1,0 +1,130 @@
+"""What happens to the variables after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Operator(Protocol):
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Decay:
+    """centre + (1 - theta) (x - centre): L2 decay (Yosinski et al. 2015, sec. 3)."""
+
+    theta: float
+    centre: Tensor
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        return images if self.theta == 0 else torch.lerp(images, self.centre, self.theta)
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Gaussian blur every `every` steps; sigma in pixels goes from `sigma` to `end` over `steps`."""
+
+    sigma: float
+    every: int = 1
+    end: float | None = None
+    steps: int = 1
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        if self.every == 0 or (step + 1) % self.every:
+            return images
+        end = self.sigma if self.end is None else self.end
+        return gaussian_blur(images, self.sigma + (end - self.sigma) * step / max(1, self.steps - 1))
+
+
+@dataclass(frozen=True)
+class ClipSmallNorm:
+    """Pixels whose norm over the channels is below the percentile return to `centre` (Yosinski et al. 2015)."""
+
+    percentile: float
+    centre: Tensor
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        if self.percentile == 0:
+            return images
+        return _keep(images, self.centre, (images - self.centre).square().sum(1, keepdim=True).sqrt(), self.percentile)
+
+
+@dataclass(frozen=True)
+class ClipSmallContribution:
+    """Pixels whose |sum over channels of (x - centre) * gradient| is below the percentile return to `centre`."""
+
+    percentile: float
+    centre: Tensor
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        if self.percentile == 0:
+            return images
+        benefit = ((images - self.centre) * gradient).sum(1, keepdim=True).abs()
+        return _keep(images, self.centre, benefit, self.percentile)
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Keep every value between `low` and `high`, by default pixels in [0, 1]; tensors bound each value for itself."""
+
+    low: Tensor | float = 0.0
+    high: Tensor | float = 1.0
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        return images.clamp(self.low, self.high)  # type: ignore[arg-type]  # torch takes a mixture, its stubs do not
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """The picture u that minimises TV(u) + 1/(2 weight) ||u - x||^2, TV = sum sqrt(dx^2 + dy^2) of each colour (Rudin, Osher &
+    Fatemi 1992), by `iterations` steps of Chambolle's projection (2004). `weight(step)` is in pixels of [0, 1]; 0 changes nothing."""
+
+    weight: Callable[[int], float]
+    iterations: int = 20
+
+    def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
+        weight = self.weight(step)
+        return images if weight == 0 else total_variation_denoised(images, weight, self.iterations)
+
+
+def _keep(images: Tensor, centre: Tensor, value: Tensor, percentile: float) -> Tensor:
+    """`images` where value (N, 1, H, W) reaches its picture's percentile, `centre` elsewhere."""
+    threshold = torch.quantile(value.flatten(1), percentile / 100, dim=1).view(-1, 1, 1, 1)
+    return torch.where(value >= threshold, images, centre)
+
+
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian over (H, W), cut at 4 sigma, edges repeated; as scipy's gaussian_filter(mode='nearest')."""
+    if sigma <= 0:
+        return images
+    radius = int(4 * sigma + 0.5)
+    place = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.exp(-0.5 * (place / sigma).square())
+    kernel = kernel / kernel.sum()
+    channels = images.shape[1]
+    x = F.pad(images, (0, 0, radius, radius), mode="replicate")
+    x = F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    x = F.pad(x, (radius, radius, 0, 0), mode="replicate")
+    return F.conv2d(x, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+
+def total_variation_denoised(images: Tensor, weight: float, iterations: int = 20) -> Tensor:
+    """argmin_u TV(u) + 1/(2 weight) ||u - x||^2 by Chambolle's projection (J. Math. Imaging Vis. 20, 2004, sec. 3), step 1/4."""
+    px, py = torch.zeros_like(images), torch.zeros_like(images)
+    for _ in range(iterations):
+        u = images + weight * _divergence(px, py)
+        dx, dy = F.pad(u[..., 1:] - u[..., :-1], (0, 1)), F.pad(u[..., 1:, :] - u[..., :-1, :], (0, 0, 0, 1))
+        scale = 1 + (0.25 / weight) * (dx.square() + dy.square()).sqrt()
+        px, py = (px + (0.25 / weight) * dx) / scale, (py + (0.25 / weight) * dy) / scale
+    return images + weight * _divergence(px, py)
+
+
+def _divergence(px: Tensor, py: Tensor) -> Tensor:
+    """Minus the adjoint of the forward differences."""
+    return px - F.pad(px[..., :-1], (1, 0)) + py - F.pad(py[..., :-1, :], (0, 0, 1, 0))
