@@ -57,6 +57,10 @@ class Draws:
         """Per item `count` whole numbers low <= n < high as Python ints: no device is waited for."""
         return [torch.randint(low, high, (count,), generator=g, device="cpu").tolist() for g in self._generators]
 
+    def normals(self, count: int) -> list[list[float]]:
+        """Per item `count` normal numbers as Python floats: no device is waited for."""
+        return [torch.randn(count, generator=g, device="cpu", dtype=torch.float64).tolist() for g in self._generators]
+
     def state(self) -> Tensor:
         """(items, bytes) uint8: where the generators stand; `restore` puts them back there."""
         return torch.stack([g.get_state() for g in self._generators])

@@ -36,7 +36,7 @@ from .objectives import (
 from .operators import Blur, Clamp, ClipSmallContribution, ClipSmallNorm, Decay, Denoise, Operator, gaussian_blur
 from .parametrisations import DeepPrior, Fourier, Parametrisation, Pixels
 from .rules import LBFGS, Adam, Constant, LineSearch, MeanAbs, Momentum, Normalised, Progress, Rule, Scaled
-from .transforms import Jitter, Pad, Rotate, Scale, Transform
+from .transforms import Crop, Focus, Jitter, Pad, Rotate, Scale, Transform
 
 __all__ = [
     "LBFGS",
@@ -50,9 +50,11 @@ __all__ = [
     "ClipSmallNorm",
     "Conditioner",
     "Constant",
+    "Crop",
     "Decay",
     "DeepPrior",
     "Denoise",
+    "Focus",
     "Fourier",
     "Jitter",
     "LineSearch",

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,16 +30,16 @@ class State:
     memory: Mapping[str, Tensor]
     draws: Tensor  # (N, bytes) uint8: the random generators
 
-    def arrays(self) -> dict[str, Tensor]:
+    def arrays(self) -> dict[str, Any]:
         """As named arrays, to be stored as one artifact."""
-        return {"step": torch.tensor(self.step), "draws": self.draws, **{f"memory.{k}": v for k, v in self.memory.items()}}
+        return {"step": np.asarray(self.step), "draws": self.draws, **{f"memory.{k}": v for k, v in self.memory.items()}}
 
     @classmethod
-    def of(cls, arrays: Mapping[str, object], device: torch.device) -> State:
+    def of(cls, arrays: Mapping[str, Any], device: torch.device) -> State:
         """From what `arrays` gave, read back as numpy arrays or tensors."""
-        found = {k: torch.as_tensor(v) for k, v in arrays.items()}
-        memory = {k.removeprefix("memory."): v.to(device) for k, v in found.items() if k.startswith("memory.")}
-        return cls(int(found["step"]), memory, found["draws"].cpu())
+        found = {k: v for k, v in arrays.items() if k != "step"}
+        memory = {k.removeprefix("memory."): torch.as_tensor(v, device=device) for k, v in found.items() if k != "draws"}
+        return cls(int(arrays["step"]), memory, torch.from_numpy(np.asarray(found["draws"])))
 
     def rows(self, which: slice) -> State:
         return State(self.step, {k: v[which] for k, v in self.memory.items()}, self.draws[which])
@@ -191,14 +192,17 @@ def ascend(
                 shots.append((reached, made.images(z).clone()))
         if progress is not None:
             progress("steps", reached, steps)
-    ended = {**memory, "variables": z, "alive": alive}
+    ended, stand = {**memory, "variables": z, "alive": alive}, draws.state()
     if before is not None:
         if law.careful:
             ended |= {"kept_variables": before[0], "kept_gradient": before[1], "kept_score": before[2]}
         # The last step has not been looked at yet.
         with torch.no_grad():
-            image = made.images(z)
-            final = evaluate(model, objective, image, image)
+            image = seen = made.images(z)
+            for transform in transforms:
+                seen = transform(seen, draws)
+            final = evaluate(model, objective, seen, image)
+        draws.restore(stand)
         kept = final >= before[2] if law.careful else torch.isfinite(final)
         z = torch.where(rows(kept, z), z, good)
         if not law.careful:  # which takes back what does not rise
@@ -212,7 +216,7 @@ def ascend(
         shots.append((reached, images.clone()))  # the loop ended early
     scores = torch.stack(trace) if trace else z.new_zeros((0, len(z)))
     stopped = torch.nonzero(~alive).flatten().tolist()
-    return Ascent(images, scores, stopped, shots, State(reached, ended, draws.state()), z)
+    return Ascent(images, scores, stopped, shots, State(reached, ended, stand), z)
 
 
 def _rule(rule: StepRule | Rule, gain: float) -> Rule:

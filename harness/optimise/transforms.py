@@ -78,3 +78,39 @@ def warp(images: Tensor, angle: Tensor, factor: Tensor) -> Tensor:
     rows = [torch.stack([cos, -sin * (height / width), zero], 1), torch.stack([sin * (width / height), cos, zero], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A window of `size` x `size` out of each picture, its corner drawn normally about the middle, `spread` times the free room
+    in standard deviation, and kept inside."""
+
+    size: int
+    spread: float = 0.3
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        room = [n - self.size for n in images.shape[2:]]
+        if max(room) <= 0:
+            return images
+        # Places are needed as numbers on the host: drawn there, so that no device is waited for.
+        corners = []
+        for pair in draws.normals(2):
+            middle = [min(max(int(r / 2 + r * self.spread * z), 0), r) for r, z in zip(room, pair, strict=True)]
+            corners.append(middle)
+        return torch.stack([x[:, dy : dy + self.size, dx : dx + self.size] for x, (dy, dx) in zip(images, corners, strict=True)])
+
+
+@dataclass(frozen=True)
+class Focus:
+    """The picture as it is, but gradients reach its middle alone: not the `margin` (share of the shorter side) along each edge."""
+
+    margin: float
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        edge = round(self.margin * min(images.shape[2:]))
+        if edge == 0:
+            return images
+        inner = images[..., edge:-edge, edge:-edge]
+        found = images.detach().clone()
+        found[..., edge:-edge, edge:-edge] = inner
+        return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from harness import Context
     from harness.models import LoadedModel
 
 
@@ -46,3 +47,22 @@ def _rectified(calls: list[str], place: int, module: Callable[[str], nn.Module])
     while isinstance(module(calls[place + 1]), nn.BatchNorm2d | nn.ReLU):
         place += 1
     return calls[place]
+
+
+def spread_layers(ctx: Context, count: int) -> list[str]:
+    """Blocks of convolutions, evenly over the depth, the first and the last among them."""
+    from harness.errors import NotApplicable
+
+    found = blocks(ctx.model)
+    if not found:
+        raise NotApplicable(f"needs layers with maps; {ctx.model.name!r} has none before its class scores")
+    count = min(count, len(found))
+    return [found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def place(model: LoadedModel, layer: str) -> float:
+    """How deep a layer lies, from 0 to 1: its number among the layers with weights, pooling or activations of a forward pass."""
+    names = [name for name, _ in model.calls]
+    simple = [n for n in names if not any(other.startswith(f"{n}.") for other in names)]
+    reached = [n for n in simple if names.index(n) <= names.index(model.full_name(layer))]
+    return len(reached) / len(simple)

@@ -3,11 +3,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 
-from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
+from harness import ConfigError, Curve, Images, Metric, Paper, Param, Result, Table, Technique, Use
 from harness.datasets import evenly
 
-from .blocks import blocks
+from .blocks import spread_layers
+from .climb import CONVERGED, GO_ON, PROGRESS, check_go_on, earlier, go_on, state_of, strip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +58,16 @@ class ChannelVisualization(Technique):
     natural_colours: float = Param(1.0, ge=0, le=1, description="how far steps follow the colours of natural pictures")
     low_frequencies: float = Param(0.5, ge=0, le=3, description="power by which steps favour low spatial frequencies")
     noise: float = Param(0.05, ge=0, le=0.5, description="standard deviation of the noise around the mean at the start")
+    converged: float = CONVERGED
+    go_on: int = GO_ON
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChannelVisualization:
+        check_go_on(self)
+        return self
+
+    def uses(self) -> list[Use]:
+        return earlier(self)
 
     def run(self, ctx: Context) -> Result:
         import torch
@@ -67,6 +79,8 @@ class ChannelVisualization(Technique):
         strongest = self._dataset(ctx, layers)
         rows: list[list[Any]] = []
         pictures, captions, lines, notes = [], [], {}, []
+        strips: list[Any] = []
+        states: list[Any] = []
         for layer, channels in shown.items():
             made, weights = self._climb(ctx, layer, channels, side)
             with torch.no_grad():
@@ -84,8 +98,12 @@ class ChannelVisualization(Technique):
             captions += [f"{layer}: {n}" if i == 0 else n for i, n in enumerate(names)]
             if len(made.scores) and bool(torch.isfinite(made.scores).all()):
                 lines[layer] = made.scores.mean(1)
+            strips += strip(f"progress-{layer}", made, None, [f"{layer}, {names[0]}"], exact=side < 64)
+            states += state_of(made, f"state-{layer}")
             notes += [f"{layer}, {names[i]}: the score stopped being finite; the last good picture is shown" for i in made.stopped]
-        return self._result(torch.cat(pictures), captions, rows, lines, notes, side)
+        longest = max((len(line) for line in lines.values()), default=0)
+        lines = {layer: torch.cat([line, line[-1:].expand(longest - len(line))]) for layer, line in lines.items()}
+        return self._result(torch.cat(pictures), captions, rows, lines, notes, side, strips, states)
 
     def _channels(self, layer: str, total: int) -> list[int]:
         wrong = [c for c in self.channels if not 0 <= c < total]
@@ -108,7 +126,7 @@ class ChannelVisualization(Technique):
             weights = drawn / drawn.norm(dim=1, keepdim=True)
         else:
             weights = torch.nn.functional.one_hot(torch.tensor(channels, device=ctx.device), total).to(model.dtype)
-        jitter = round(self.jitter * side / 224)
+        begin = go_on(ctx, f"state-{layer}")
 
         def some(rows: slice) -> Ascent:
             draws = ctx.draws([f"{layer} {self.unit} {c}" for c in channels[rows]], stream="start")
@@ -120,9 +138,12 @@ class ChannelVisualization(Technique):
                     steps=self.steps,
                     step_size=self.step_size / 255,
                     draws=draws,
-                    transforms=[o.Jitter(jitter)] if jitter else [],
+                    transforms=[o.Jitter(share=self.jitter / 224)] if self.jitter else [],
                     conditioners=[o.NaturalColours(self.natural_colours), o.LowFrequencies(self.low_frequencies)],
                     operators=[o.Decay(self.decay, centre), o.Blur(self.blur, 4), o.Clamp()],
+                    snapshots=PROGRESS,
+                    converged=self.converged,
+                    begin=begin.rows(rows) if begin else None,
                     progress=ctx.report,
                 )
 
@@ -141,15 +162,24 @@ class ChannelVisualization(Technique):
         return {layer: np.concatenate([p[layer].float().cpu().numpy() for p in parts]) for layer in layers}
 
     def _result(
-        self, pictures: Tensor, captions: list[str], rows: list[list[Any]], lines: dict[str, Tensor], notes: list[str], side: int
+        self,
+        pictures: Tensor,
+        captions: list[str],
+        rows: list[list[Any]],
+        lines: dict[str, Tensor],
+        notes: list[str],
+        side: int,
+        strips: list[Any],
+        states: list[Any],
     ) -> Result:
         count = len(rows) // len({row[0] for row in rows})
         artifacts: list[Any] = [Images("pictures", pictures, captions=captions, columns=count, exact=side < 64, caption="A row a layer.")]
+        artifacts += strips
         if lines:
-            artifacts.append(Curve("objective", range(1, self.steps + 1), lines, "step", "activation"))
+            artifacts.append(Curve("objective", range(1, len(next(iter(lines.values()))) + 1), lines, "step", "activation"))
         what = "activation in the middle" if self.unit == "neuron" else "mean activation"
         columns = ["layer", "unit", what, "largest activation", "99th percentile of the dataset's pictures", "above it"]
-        artifacts.append(Table("units", columns, rows))
+        artifacts += [Table("units", columns, rows), *states]
         above = [float(row[5]) for row in rows if row[5] is not None]
         metrics = [Metric("units", len(rows))]
         if above:
@@ -169,12 +199,3 @@ def unit_score(layer: str, weights: Tensor, middle: bool = False) -> Objective:
         return maps[:, maps.shape[1] // 2, maps.shape[2] // 2] if middle else maps.flatten(1).mean(1)
 
     return Objective(frozenset({layer}), score)
-
-
-def spread_layers(ctx: Context, count: int) -> list[str]:
-    """Blocks of convolutions, evenly over the depth, the first and the last among them."""
-    found = blocks(ctx.model)
-    if not found:
-        raise NotApplicable(f"needs layers with maps; {ctx.model.name!r} has none before its class scores")
-    count = min(count, len(found))
-    return [found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count)]

@@ -3,10 +3,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import model_validator
 
-from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Technique
+from harness import Arrays, ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Technique, Use
 
 from .blocks import blocks
+from .climb import CONVERGED, EARLIER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +49,23 @@ class DeepDream(Technique):
     octave_scale: float = Param(1.4, gt=1, le=4, description="each octave is this much larger than the one before")
     step_size: float = Param(1.5, gt=0, description="mean change of a pixel in a step, in 255ths")
     jitter: float = Param(32, ge=0, description="largest random roll before a step, in pixels of a picture of 224")
+    dreams: int = Param(1, ge=1, le=1000, description="how often the picture is dreamt, each time from what came of it before")
+    go_on: int = Param(0, ge=0, description="go on from an earlier run of this many dreams, taken from the store or made first")
+    converged: float = CONVERGED
     guide: str = Param("", description="the name of a picture of the dataset that the dream is to resemble")
     frames: int = Param(0, ge=0, le=10_000, description="frames of a zoom into the first picture; 0 makes none")
     zoom: float = Param(0.05, gt=0, lt=0.5, description="how far each frame moves in, as a share of the picture")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DeepDream:
+        if self.go_on and self.go_on >= self.dreams:
+            raise ValueError(f"go_on {self.go_on} must be fewer than dreams, which is {self.dreams}: those already dreamt count")
+        return self
+
+    def uses(self) -> list[Use]:
+        if not self.go_on:
+            return []
+        return [Use(self.name, {**self.key_params(), "dreams": self.go_on, "go_on": 0, "frames": 0}, name=EARLIER)]
 
     def run(self, ctx: Context) -> Result:
         import torch
@@ -70,16 +86,35 @@ class DeepDream(Technique):
         traces: list[list[Tensor]] = []
         stopped: list[int] = []
         strips: list[Tensor] = []
-        for rows_ in ctx.batched(len(ctx.images), lambda r: r):
-            draws = ctx.draws([ctx.ids[i] for i in range(rows_.start, rows_.stop)])
-            image, parts = dream(ctx, objective, ctx.images[rows_], self, draws)
+        start = self._start(ctx)
+
+        def some(rows: slice) -> tuple[Tensor, list[Ascent]]:
+            image, parts = start[rows], []
+            for number in range(self.go_on, self.dreams):
+                draws = ctx.draws(ctx.ids[rows], stream=f"dream {number}" if number else "")
+                image, found = dream(ctx, objective, image, self, draws)
+                parts += found
+            return image, parts
+
+        first = 0
+        for image, parts in ctx.batched(len(start), some):
             made.append(image)
-            traces.append([p.scores for p in parts])
-            stopped += [rows_.start + i for p in parts for i in p.stopped]
-            strips.append(torch.stack([_resized(p.images, image.shape[2:]) for p in parts], 1))
+            traces.append([_filled(p.scores, self.steps) for p in parts])
+            stopped += [first + i for p in parts for i in p.stopped]
+            strips.append(torch.stack([_resized(p.images, image.shape[2:]) for p in parts[-self.octaves :]], 1))
+            first += len(image)
         pictures = torch.cat(made)
-        scores = torch.cat([torch.cat(t) for t in traces], 1)  # (octaves * steps, N)
+        scores = torch.cat([torch.cat(t) for t in traces], 1)  # (dreams * octaves * steps, N)
         return self._result(ctx, layer, pictures, scores, torch.cat(strips), sorted(set(stopped)), objective)
+
+    def _start(self, ctx: Context) -> Tensor:
+        """The pictures, or what an earlier run dreamt of them."""
+        import torch
+
+        if EARLIER not in ctx.results:
+            return ctx.images
+        state: Any = ctx.results[EARLIER]["state"]
+        return torch.from_numpy(state.data["images"]).to(ctx.device, ctx.model.dtype)
 
     def _objective(self, ctx: Context, layer: str) -> Objective:
         import torch
@@ -129,6 +164,7 @@ class DeepDream(Technique):
                 artifacts.append(
                     Curve("objective", range(1, len(scores) + 1), lines, "step, octave after octave", what, log_y=not self.guide)
                 )
+        artifacts.append(Arrays("state", {"images": pictures}))
         if self.frames:
             artifacts.append(Images("zoom", self._zoom(ctx, objective, pictures[:1]), moving=True, exact=small))
 
@@ -137,7 +173,7 @@ class DeepDream(Technique):
                 return torch.cat(list(ctx.batched(len(images), lambda rows: o.evaluate(ctx.model, objective, images[rows], images[rows]))))
 
         gain = (strength(pictures) / strength(ctx.images).clamp_min(1e-30)).tolist()
-        rising = (scores.view(self.octaves, -1, len(pictures)).diff(dim=1) > 0).float().mean((0, 1)).tolist() if self.steps > 1 else []
+        rising = (scores.view(-1, self.steps, len(pictures)).diff(dim=1) > 0).float().mean((0, 1)).tolist() if self.steps > 1 else []
         metrics = [
             Metric(
                 "gain", float(np.mean(gain)), better="higher", per_image=gain, about="the objective of the dream over that of the picture"
@@ -209,11 +245,19 @@ def dream(ctx: Context, objective: Objective, images: Tensor, settings: DeepDrea
             rule="mean_abs",
             transforms=[o.Jitter(pixels)] if pixels else [],
             operators=[o.Clamp()],
+            converged=settings.converged,
             progress=ctx.report,
         )
         detail = part.images - base
         parts.append(part)
     return torch.clamp(parts[-1].images, 0, 1), parts
+
+
+def _filled(scores: Tensor, length: int) -> Tensor:
+    """An octave's scores (T, N), the last standing for those that an early end left out."""
+    import torch
+
+    return scores if len(scores) == length else torch.cat([scores, scores[-1:].expand(length - len(scores), -1)])
 
 
 def _resized(images: Tensor, size: Any) -> Tensor:

@@ -127,3 +127,14 @@ def test_what_cannot_be(digits_cnn, registry):
     vector = LoadedModel(nn.Sequential(nn.Conv2d(1, 2, 8), nn.Flatten(), nn.Linear(2, 2)), InputSpec(channels=1, size=8))
     with pytest.raises(NotApplicable, match="none before its class scores"):
         run_once(ChannelVisualization(), vector, small_dataset(1))
+
+
+def test_going_on_is_as_if_it_had_not_stopped(digits_cnn, registry):
+    data = load_dataset("digits", registry).select(4)
+    settings = {"layers": ("features.1", "features.6"), "count": 2, "steps": 12}
+    whole = run_once(ChannelVisualization(**settings), digits_cnn, data)
+    rest = run_once(ChannelVisualization(go_on=5, **settings), digits_cnn, data)
+    np.testing.assert_array_equal(rest.artifacts[0].data, whole.artifacts[0].data)
+    assert [a.name for a in whole.artifacts if a.name.startswith(("progress", "state"))] == [
+        "progress-features.1", "progress-features.6", "state-features.1", "state-features.6",
+    ]  # fmt: skip

@@ -12,7 +12,8 @@ from harness import ConfigError
 from harness import optimise as o
 from harness.context import Context, Draws
 from harness.models import LoadedModel
-from harness.registry import InputSpec
+from harness.registry import InputSpec, load_registry
+from harness.testing import load_dataset, run_once
 from harness_synthesis import ClassVisualization
 from harness_synthesis.class_visualization import PRESETS, high_frequency_share, spread
 
@@ -284,7 +285,7 @@ def test_classes_in_several_batches_get_what_they_get_in_one(digits_cnn):
 def test_zero_steps_give_the_start():
     result = ClassVisualization(classes=(1, 2), steps=0, noise=0.0).run(Context(linear(), technique="class_visualization"))
     assert np.allclose(result.artifacts[0].data, 0.5)
-    assert [a.name for a in result.artifacts] == ["pictures", "stretched", "classes"]
+    assert [a.name for a in result.artifacts] == ["pictures", "stretched", "classes", "state"]
 
 
 def test_faint_pictures_are_shown_stretched():
@@ -363,3 +364,69 @@ def test_loop_runs_without_values(digits_cnn):
 
 
 seen: list[int] = []
+
+
+# -- other parametrisations, going on, side by side ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"preset": "fourier"},
+        {"preset": "prior"},
+        {"preset": "yosinski_3", "steps": 20},
+        {"step": "lbfgs", "jitter": 0, "blur_every": 0},
+    ],
+)
+def test_going_on_is_as_if_it_had_not_stopped(settings, digits_cnn):
+    settings = {"blur": 1.0, "blur_end": 1.0, **settings} if settings.get("preset") not in ("fourier", "prior") else settings
+    data = load_dataset("digits", load_registry()).select(1)
+    settings = {"classes": (3, 5), **settings, "steps": 20}
+    whole = run_once(ClassVisualization(**settings), digits_cnn, data)
+    rest = run_once(ClassVisualization(go_on=8, **settings), digits_cnn, data)
+    np.testing.assert_array_equal(rest.artifacts[0].data, whole.artifacts[0].data)
+    assert len(next(a for a in rest.artifacts if a.name == "objective").x) == 12
+
+
+@pytest.mark.parametrize("preset", ["fourier", "prior"])
+def test_other_parametrisations_reach_their_class(preset, digits_cnn):
+    technique = ClassVisualization(preset=preset, count=10, steps=64)
+    metrics = {m.name: m.value for m in technique.run(Context(digits_cnn, technique="class_visualization")).metrics}
+    assert metrics["first_share"] == 1.0
+    assert metrics["lowest_probability"] > 0.9
+    assert ClassVisualization(parametrisation=preset) == ClassVisualization(preset=preset).model_copy(update={"preset": "default"})
+
+
+def test_an_early_end_when_converged(digits_cnn):
+    settings = {"classes": (3,), "steps": 2000, "jitter": 0}
+    result = ClassVisualization(converged=0.01, **settings).run(Context(digits_cnn, technique="class_visualization"))
+    curve = next(a for a in result.artifacts if a.name == "objective")
+    assert 40 <= len(curve.x) < 500
+    assert result.metrics[0].value > 0.99
+
+
+def test_presets_side_by_side(digits_cnn):
+    data = load_dataset("digits", load_registry()).select(1)
+    result = run_once(ClassVisualization(preset="compare", classes=(3, 5), steps=30), digits_cnn, data)
+    sheet, table = result.artifacts
+    names = ["default", "simonyan", "yosinski_1", "yosinski_2", "yosinski_3", "yosinski_4"]
+    assert sheet.columns == 6 and len(sheet.data) == 12
+    assert [row[1] for row in table.rows] == names * 2
+    own = run_once(ClassVisualization(preset="simonyan", classes=(3, 5), steps=30), digits_cnn, data)
+    found = next(a for a in own.artifacts if a.name == "classes").rows
+    assert table.rows[1][2:] == found[0][2:] and table.rows[7][2:] == found[1][2:]
+    assert {m.name for m in result.metrics} == {f"{k}.{n}" for n in names for k in ("probability", "high_frequency")}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"parametrisation": "fourier", "decay": 0.1}, "decay acts on pixels"),
+        ({"step": "lbfgs", "rotate": 5.0, "jitter": 0}, "rotate would blur"),
+        ({"go_on": 300}, "go_on 300 must be fewer than steps"),
+    ],
+)
+def test_settings_that_exclude_each_other(params, message):
+    with pytest.raises(ConfigError, match=message):
+        ClassVisualization.build(params)

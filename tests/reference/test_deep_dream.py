@@ -203,3 +203,15 @@ def test_a_block_three_quarters_deep_dreams_when_none_is_named(name, layer, regi
     from harness_synthesis.deep_dream import dreaming
 
     assert dreaming(Context(load_model(f"{name}@random", registry))) == layer
+
+
+def test_a_dream_goes_on_from_an_earlier_one(digits_cnn, registry):
+    data = load_dataset("digits", registry).select(2)
+    settings = {"octaves": 1, "steps": 3, "jitter": 28}
+    twice = run_once(DeepDream(dreams=2, **settings), digits_cnn, data)
+    once = run_once(DeepDream(**settings), digits_cnn, data)
+    rest = run_once(DeepDream(dreams=2, go_on=1, **settings), digits_cnn, data)
+    np.testing.assert_array_equal(rest.artifacts[0].data, twice.artifacts[0].data)
+    assert not np.array_equal(once.artifacts[0].data, twice.artifacts[0].data)
+    with pytest.raises(ConfigError, match="go_on 2 must be fewer than dreams"):
+        DeepDream.build({"dreams": 2, "go_on": 2})

@@ -119,7 +119,7 @@ def test_going_on_from_a_snapshot_is_as_if_it_had_not_stopped(rule):
     settings = {"step_size": size, "rule": rule, "transforms": [] if careful else [o.Jitter(1)], "operators": [o.Clamp()]}
     whole = o.ascend(model, score(2), start, steps=31, draws=draws(2), **settings)
     first = o.ascend(model, score(2), start, steps=13, draws=draws(2), **settings)
-    stored = {k: v.numpy() for k, v in first.state.arrays().items()}
+    stored = {k: np.asarray(v) for k, v in first.state.arrays().items()}
     begin = o.State.of(stored, torch.device("cpu"))
     rest = o.ascend(model, score(2), start, steps=31, draws=draws(2), begin=begin, **settings)
     assert torch.equal(rest.images, whole.images)
