@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -87,6 +87,13 @@ class ModelEntry(_Entry):
         return value
 
 
+class GeneratorEntry(ModelEntry):
+    """A network that makes pictures of the codes that `layer` of model `encoder` gives."""
+
+    encoder: str
+    layer: str
+
+
 class DatasetEntry(_Entry):
     """Where pictures come from: `folder:PATH`, `package:PACKAGE/PATTERN`, `digits:SPLIT`, `torchvision:NAME`, `planted:DATASET`."""
 
@@ -125,7 +132,31 @@ class RecipeEntry(_Entry):
     input: InputSpec = InputSpec()
 
 
-SECTIONS: dict[str, type[_Entry]] = {"models": ModelEntry, "datasets": DatasetEntry, "recipes": RecipeEntry}
+class GeneratorRecipe(_Entry):
+    """How a generator is trained to invert a layer: by pixel, feature and adversarial loss (Dosovitskiy & Brox 2016)."""
+
+    encoder: str
+    layer: str
+    compare: str = ""  # the layer of the encoder whose features must agree as well; the code's own where none is named
+    dataset: str
+    test_dataset: str = ""  # none: every fifth picture of the dataset is kept apart
+    epochs: Positive
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    width: Positive = 64
+    pixel: Annotated[float, Field(ge=0)] = 1.0
+    feature: Annotated[float, Field(ge=0)] = 1.0
+    adversarial: Annotated[float, Field(ge=0)] = 0.01
+    seed: int = 0
+
+
+SECTIONS: dict[str, type[_Entry]] = {
+    "models": ModelEntry,
+    "generators": GeneratorEntry,
+    "datasets": DatasetEntry,
+    "recipes": RecipeEntry,
+    "generator_recipes": GeneratorRecipe,
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +166,8 @@ class Registry:
     models: Mapping[str, ModelEntry] = field(default_factory=dict)
     datasets: Mapping[str, DatasetEntry] = field(default_factory=dict)
     recipes: Mapping[str, RecipeEntry] = field(default_factory=dict)
+    generators: Mapping[str, GeneratorEntry] = field(default_factory=dict)
+    generator_recipes: Mapping[str, GeneratorRecipe] = field(default_factory=dict)
     files: Sequence[Path] = ()
 
     def model(self, name: str) -> ModelEntry:
@@ -165,10 +198,28 @@ class Registry:
             return entry
         raise unknown("dataset", name, self.datasets, "`harness datasets`, a path with a '/' names a folder;")
 
-    def recipe(self, name: str) -> RecipeEntry:
-        if name not in self.recipes:
-            raise unknown("recipe", name, self.recipes)
-        return self.recipes[name]
+    def recipe(self, name: str) -> RecipeEntry | GeneratorRecipe:
+        known: dict[str, RecipeEntry | GeneratorRecipe] = {**self.recipes, **self.generator_recipes}
+        if name not in known:
+            raise unknown("recipe", name, known)
+        return known[name]
+
+    def with_recipe(self, name: str, recipe: RecipeEntry | GeneratorRecipe, changed: Mapping[str, Any]) -> Registry:
+        """The registry with a recipe added under `name`, some of its values changed."""
+        new = recipe.model_copy(update=dict(changed))
+        new._where, new._folder = recipe.where, recipe.folder
+        if isinstance(new, GeneratorRecipe):
+            return replace(self, generator_recipes={**self.generator_recipes, name: new})
+        return replace(self, recipes={**self.recipes, name: new})
+
+    def generator(self, name: str) -> GeneratorEntry:
+        if name not in self.generators:
+            raise unknown("generator", name, self.generators)
+        return self.generators[name]
+
+    def generator_for(self, model: str) -> str:
+        """The first generator made for codes of a model (as it is named, its own weights); empty where there is none."""
+        return next((name for name, entry in self.generators.items() if entry.encoder == model), "")
 
 
 def shipped_path() -> Path:

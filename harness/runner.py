@@ -122,6 +122,7 @@ class Runner:
         self._datasets: dict[str, Dataset] = {}
         self._selected: dict[tuple[Any, ...], Dataset] = {}
         self._hashes: dict[str, str] = {}
+        self._further_hashes: dict[str, str] = {}
         self._model: tuple[tuple[str, str], LoadedModel] | None = None
 
     # -- planning ----------------------------------------------------------------------------------------------------
@@ -157,8 +158,25 @@ class Runner:
             "harness": MINOR,
             "uses": [[use.label, u.key] for use, u in uses],
         }
+        further = self._further(technique, spec.model)
+        if further:
+            parts["further"] = further
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return Planned(spec, technique, key, dataset, uses)
+
+    def _further(self, technique: Technique, model: str) -> list[list[Any]]:
+        """What stands for the other networks a technique works with: builder, arguments and weights of each."""
+        wanted = technique.further()
+        names = [self.registry.generator_for(model) if name == "auto" else name for name in wanted.generators]
+        generators = [(name, self.registry.generator(name)) for name in names if name]
+        encoders = [(entry.encoder, self.registry.model(entry.encoder)) for _, entry in generators]
+        models = [(name, self.registry.model(name)) for name in wanted.models]
+        found: list[list[Any]] = []
+        for name, entry in (*generators, *encoders, *models):
+            if name not in self._further_hashes:
+                self._further_hashes[name] = weights_hash(name, entry)
+            found.append([name, entry.builder, entry.args, self._further_hashes[name]])
+        return found
 
     def _select(self, spec: RunSpec, cls: type[Technique]) -> Dataset:
         assert spec.dataset is not None
@@ -413,6 +431,7 @@ class Runner:
             used=plan.used(),
             missing={label: _reason(u.run.record) for label, u in used.items() if u.run.record.status != "finished"},
             progress=progress,
+            registry=self.registry,
         )
 
     # -- facts -------------------------------------------------------------------------------------------------------

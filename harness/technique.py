@@ -120,6 +120,14 @@ class EveryMap:
 
 
 @dataclass(frozen=True)
+class Further:
+    """Registry names of what a technique needs besides its own model; the generator 'auto' is the one made for that model's codes."""
+
+    models: Sequence[str] = ()
+    generators: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Used:
     """A technique whose result is at hand, and those it was built on."""
 
@@ -167,6 +175,10 @@ class Technique(BaseModel):
     def uses(self) -> Sequence[Use | EveryMap]:
         """Results of other techniques, found under `ctx.results[name of the use]`; each looks at the same pictures."""
         return ()
+
+    def further(self) -> Further:
+        """Models and generators it works with besides the one it examines; `ctx.further_model` and `ctx.generator` load them."""
+        return Further()
 
     def key_params(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""

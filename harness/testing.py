@@ -64,6 +64,11 @@ class DeviceGuard(TorchFunctionMode):
         if frame is None:
             return ""
         path = frame.f_code.co_filename
+        outer: Any = frame
+        while outer is not None and outer.f_code.co_name != "_build":
+            outer = outer.f_back
+        if outer is not None:  # a further network, which is built on the CPU and then put where it belongs
+            return ""
         return "" if "/torch/" in path or "/torchvision/" in path else f"{path.rsplit('/', 1)[-1]}:{frame.f_lineno}"
 
 
@@ -127,6 +132,7 @@ def run_once(
         results=results,
         used=_used(technique),
         missing=missing,
+        registry=load_registry(),
     )
     check_needs(technique, ctx)
     return technique.run(ctx)

@@ -26,13 +26,21 @@ from .runner import versions
 def train(
     name: str, registry: Registry, folder: Path, device: str = "auto", report: Callable[[str, int, int], None] | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Follow recipe `name`; write `NAME.safetensors` and its card `NAME.json` into `folder`; (weights file, card).
+    """Follow recipe `name`, of a network or a generator; write `NAME.safetensors` and its card `NAME.json` into `folder`.
 
-    SGD with momentum and a cosine schedule, cross-entropy, random shifts. Same recipe, versions and device: same bytes.
+    (weights file, card) is given back.
+
+    A network is trained by SGD with momentum and a cosine schedule, cross-entropy and random shifts. Same recipe, versions and
+    device: same bytes.
     """
     from safetensors.torch import save_file
 
+    if name in registry.generator_recipes:
+        from .train_generator import train_generator
+
+        return train_generator(name, registry.generator_recipes[name], registry, folder, device, report)
     recipe = registry.recipe(name)
+    assert isinstance(recipe, RecipeEntry)
     entry = ModelEntry(
         builder=recipe.builder, args=recipe.args, weights=f"random:{recipe.seed}", input=recipe.input, classes=recipe.classes
     )

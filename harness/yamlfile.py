@@ -124,3 +124,16 @@ def read(path: Path) -> YamlFile:
         raise RegistryError(f"{YamlFile(path, None, lines).at(location)}: a value of kind {type(node).__name__} is not allowed here")
 
     return YamlFile(path, plain(tree, ()), lines)
+
+
+def written(value: Any) -> str:
+    """Plain values as YAML that `read` reads."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    yaml, text = YAML(typ="safe", pure=True), StringIO()
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(value, text)
+    return text.getvalue()

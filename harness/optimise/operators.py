@@ -77,7 +77,9 @@ class Clamp:
     high: Tensor | float = 1.0
 
     def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
-        return images.clamp(self.low, self.high)  # type: ignore[arg-type]  # torch takes a mixture, its stubs do not
+        if isinstance(self.low, Tensor) == isinstance(self.high, Tensor):
+            return images.clamp(self.low, self.high)  # type: ignore[arg-type]  # both numbers, or both tensors
+        return images.clamp(min=self.low).clamp(max=self.high)
 
 
 @dataclass(frozen=True)

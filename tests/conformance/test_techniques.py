@@ -20,6 +20,7 @@ SMALL = {
     "channel_visualization": {"steps": 4, "count": 2, "rows": 2},
     "deep_dream": {"octaves": 1, "steps": 2, "frames": 2},
     "feature_inversion": {"steps": 4, "rows": 2},
+    "deep_generator": {"steps": 4, "count": 2},
     "multifaceted": {"facets": 2, "steps": 3, "plane": "pca"},
     "inversion_by_depth": {"steps": 4, "rows": 2, "gallery": 8},
     "tsne_map": {"iterations": 250, "seeds": 1, "perplexity": [3]},
