@@ -133,7 +133,7 @@ def ascend(
     made: Parametrisation = parametrisation or Pixels()
     size_at = step_size if callable(step_size) else lambda _: step_size
     memory: Memory = {} if begin is None else dict(begin.memory)
-    z = memory.pop("variables", start).detach().clone()
+    z = _laid_out(memory.pop("variables", start).detach())
     done = 0 if begin is None else begin.step
     if begin is not None:
         draws.restore(begin.draws)
@@ -153,7 +153,7 @@ def ascend(
         # torch.where and not an `if`: a device is not waited for in the middle of the loop.
         if law.careful and before is not None:
             # A step into the void is taken back like any other that does not rise.
-            rose = (score >= before[2]) & torch.isfinite(gradient.flatten(1)).all(1)
+            rose = (score >= before[2]) & _finite(gradient)
             mask = rows(rose, z)
             moved, bent = (
                 torch.where(mask, z - before[0], torch.zeros_like(z)),
@@ -166,10 +166,10 @@ def ascend(
             )
             law.judged(memory, rose, moved, bent, step)
         known = torch.isfinite(score)
-        z = torch.where(rows(known, z), z, good)
+        z = _chosen(known, z, good)
         if trace:
             score = torch.where(known & ~resting, score, trace[-1])
-        alive = alive & known & torch.isfinite(gradient.flatten(1)).all(1)
+        alive = alive & known & _finite(gradient)
         good, before = z, (z, gradient, score)
         trace.append(score)
         if len(trace) % WINDOW == 0:
@@ -185,7 +185,7 @@ def ascend(
         new = z + law(memory, gradient, move, size, step, fresh=step > 0 and size != size_at(step - 1))
         for operator in operators:
             new = operator(new, gradient, step)
-        z = torch.where(rows(alive & ~resting, z), new, z)
+        z = _chosen(alive & ~resting, new, z)
         reached = step + 1
         if reached in wanted:
             with torch.no_grad():
@@ -225,6 +225,25 @@ def _rule(rule: StepRule | Rule, gain: float) -> Rule:
     if rule == "scaled":
         return Scaled(gain)
     return Progress(gain) if rule == "progress" else NAMED[rule]()
+
+
+def _laid_out(z: Tensor) -> Tensor:
+    """A copy, pictures with their colours side by side as the model takes them and gives gradients: steps then run over memory
+    in order."""
+    form = torch.channels_last if z.dim() == 4 else torch.contiguous_format
+    return z.clone(memory_format=form)
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    """(N,) whether all of a picture's gradient is finite: what is not makes its sum so."""
+    return torch.isfinite(gradient.flatten(1).sum(1))
+
+
+def _chosen(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """new where mask (N,) holds, else old. On a CPU nothing is waited for by looking, and mostly all are new."""
+    if mask.device.type == "cpu" and bool(mask.all()):
+        return new
+    return torch.where(rows(mask, new), new, old)
 
 
 def _score_and_gradient(

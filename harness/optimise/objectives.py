@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..hooks import ANSWER
 from ..models import LoadedModel
+from .rules import rows
 
 Score = Callable[[dict[str, Tensor], Tensor], Tensor]
 
@@ -49,7 +50,7 @@ def channel(layer: str, index: int) -> Objective:
 
 def layer_norm(layer: str) -> Objective:
     """Half the squared norm of a layer, whose gradient with respect to the layer is the layer itself."""
-    return Objective(frozenset({layer}), lambda outputs, _: outputs[layer].flatten(1).square().sum(1) / 2)
+    return Objective(frozenset({layer}), lambda outputs, _: half_square(outputs[layer]))
 
 
 def guide_match(layer: str, guide: Tensor) -> Objective:
@@ -71,19 +72,24 @@ def feature_error(layer: str, features: Tensor) -> Objective:
     size = features.flatten(1).square().sum(1).clamp_min(torch.finfo(features.dtype).tiny)
 
     def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
-        return (outputs[layer] - features).flatten(1).square().sum(1) / size
+        return half_square(outputs[layer] - features) * (2 / size)
 
     return Objective(frozenset({layer}), score)
 
 
 def squared_norm(centre: Tensor | float = 0.0) -> Objective:
     """||x - centre||_2^2 of each picture; subtract it to keep pictures near `centre`."""
-    return Objective(frozenset(), lambda _, x: (x - centre).square().flatten(1).sum(1))
+    return Objective(frozenset(), lambda _, x: 2 * half_square(x - centre))
 
 
 def alpha_norm(alpha: float = 6.0, centre: Tensor | float = 0.0) -> Objective:
     """sum |x - centre|^alpha: keeps pixels within a range (Mahendran & Vedaldi 2015, sec. 3)."""
-    return Objective(frozenset(), lambda _, x: (x - centre).abs().pow(alpha).flatten(1).sum(1))
+
+    def score(_: dict[str, Tensor], x: Tensor) -> Tensor:
+        found: Tensor = _PowerSum.apply(x - centre, alpha)
+        return found
+
+    return Objective(frozenset(), score)
 
 
 def total_variation(beta: float = 2.0) -> Objective:
@@ -91,14 +97,87 @@ def total_variation(beta: float = 2.0) -> Objective:
     (Mahendran & Vedaldi 2015, sec. 3). Where beta < 2 a flat place has no slope; 1e-10 under the root stands for it."""
 
     def score(_: dict[str, Tensor], x: Tensor) -> Tensor:
-        dx = F.pad(x[..., 1:] - x[..., :-1], (0, 1))
-        dy = F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1))
-        squared = dx.square() + dy.square()
-        if beta != 2:
-            squared = (squared + 1e-10).pow(beta / 2)
-        return squared.flatten(1).sum(1)
+        found: Tensor = _Variation.apply(x, beta)
+        return found
 
     return Objective(frozenset(), score)
+
+
+# -- sums with slopes written out: a regulariser must not cost more than the passes it stands beside ------------------------
+
+
+def half_square(x: Tensor) -> Tensor:
+    """(N,) ||x||^2 / 2 of each picture."""
+    found: Tensor = _HalfSquare.apply(x)
+    return found
+
+
+class _HalfSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square().sum(_inner(x)) / 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x * rows(gradient, x)
+
+
+class _PowerSum(torch.autograd.Function):
+    """sum |x|^alpha; even powers without a logarithm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: float) -> Tensor:
+        # slope / alpha: sign(x) |x|^(alpha - 1)
+        if alpha in (2, 4, 6):
+            square = x.square()
+            slope = x.clone() if alpha == 2 else x * square if alpha == 4 else x * square.square_()
+        else:
+            slope = x.sign() * x.abs().pow(alpha - 1)
+        ctx.save_for_backward(slope)
+        ctx.alpha = alpha
+        return (x * slope).sum(_inner(x))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * rows(ctx.alpha * gradient, slope), None
+
+
+class _Variation(torch.autograd.Function):
+    """sum (dx^2 + dy^2)^(beta/2) of pictures (N, C, H, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
+        dx, dy = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+        if beta == 2:
+            ctx.save_for_backward(dx, dy)
+            return dx.square().sum(_inner(x)) + dy.square().sum(_inner(x))
+        squared = torch.zeros_like(x)
+        squared[..., :-1] += dx.square()
+        squared[..., :-1, :] += dy.square()
+        squared += 1e-10
+        weight = squared.pow(beta / 2 - 1).mul_(beta / 2)
+        ctx.save_for_backward(dx * weight[..., :-1], dy * weight[..., :-1, :])
+        return squared.pow_(beta / 2).sum(_inner(x))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        dx, dy = ctx.saved_tensors
+        n, c, h = dx.shape[:3]
+        slope = torch.zeros((n, c, h, dx.shape[3] + 1), dtype=dx.dtype, device=dx.device)
+        slope = slope.contiguous(memory_format=torch.channels_last) if dx.is_contiguous(memory_format=torch.channels_last) else slope
+        slope[..., 1:] += dx
+        slope[..., :-1] -= dx
+        slope[..., 1:, :] += dy
+        slope[..., :-1, :] -= dy
+        return slope.mul_(rows(2 * gradient, slope)), None
+
+
+def _inner(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but the first."""
+    return tuple(range(1, x.dim()))
 
 
 def evaluate(model: LoadedModel, objective: Objective, seen: Tensor, pictures: Tensor) -> Tensor:

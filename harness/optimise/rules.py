@@ -59,7 +59,7 @@ class Normalised(_Plain):
     """size * g / rms(g): size is the RMS change of a variable."""
 
     def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
-        return size * move / average(move.square()).sqrt().clamp_min(_tiny(move))
+        return move * (size / average(move.square()).sqrt().clamp_min(_tiny(move)))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class MeanAbs(_Plain):
     """size * g / mean(|g|): size is the mean change of a variable (DeepDream's step)."""
 
     def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
-        return size * move / average(move.abs()).clamp_min(_tiny(move))
+        return move * (size / average(move.abs()).clamp_min(_tiny(move)))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Momentum(_Plain):
     def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
         velocity = size * move
         if "velocity" in memory and not fresh:
-            velocity = velocity + self.beta * memory["velocity"]
+            velocity.add_(memory["velocity"], alpha=self.beta)
         memory["velocity"] = velocity
         return velocity
 

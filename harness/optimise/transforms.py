@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,33 @@ class Jitter:
         far = self.pixels or round(self.share * min(images.shape[2:]))
         if far == 0:
             return images
-        shifts = draws.integers(-far, far + 1, 2)
-        return torch.stack([torch.roll(x, (dy, dx), (1, 2)) for x, (dy, dx) in zip(images, shifts, strict=True)])
+        rolled: Tensor = _Roll.apply(images, draws.integers(-far, far + 1, 2))
+        return rolled
+
+
+class _Roll(torch.autograd.Function):
+    """Each picture rolled by its own shift (dy, dx); the gradient is rolled back. One pass over memory either way."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, shifts: list[list[int]]) -> Tensor:
+        ctx.shifts = shifts
+        return rolled(images, shifts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return rolled(gradient, [[-dy, -dx] for dy, dx in ctx.shifts]), None
+
+
+def rolled(images: Tensor, shifts: list[list[int]]) -> Tensor:
+    """Pictures (N, C, H, W), the i-th moved by shifts[i] = (dy, dx); what leaves on one side comes in on the other."""
+    out = torch.empty_like(images)
+    height, width = images.shape[2:]
+    for new, old, (dy, dx) in zip(out, images, shifts, strict=True):
+        dy, dx = dy % height, dx % width
+        for to, of in ((slice(dy, None), slice(None, height - dy)), (slice(None, dy), slice(height - dy, None))):
+            new[:, to, dx:] = old[:, of, : width - dx]
+            new[:, to, :dx] = old[:, of, width - dx :]
+    return out
 
 
 @dataclass(frozen=True)
