@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -274,21 +275,98 @@ def incremental(name: str, rounds: int) -> list[tuple[str, float, str]]:
 
 
 def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
-    technique = load_plugins().technique("class_visualization").build({"classes": [1, 2], "steps": 8})
-    start = pictures(model, 2)
+    """A step of each technique that ascends against one forward and backward pass to its layer; many classes against one.
 
-    def raw() -> None:
-        for _ in range(8):
-            leaf = start.clone().requires_grad_()
-            torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
-        with torch.no_grad():
-            model(start)
+    Steps are what a run of 30 takes longer than one of 20, so that what is done once a run does not count.
+    """
+    from harness import optimise as o
+    from harness.context import Draws
+    from harness_synthesis.blocks import blocks
 
-    def ours() -> None:
-        technique.run(Context(model, technique="class_visualization"))
+    names = blocks(model)
+    layer = names[round(0.75 * (len(names) - 1))]
+    photo = pictures(model, 2)
+    build = load_plugins().technique
 
-    t = turns({"raw": raw, "ours": ours}, rounds)
-    return [("class_visualization / raw forward and backward", t["ours"] / t["raw"], "")]
+    def ctx(name: str, count: int = 2, batch: int = 2) -> Context:
+        return context(model, photo[:count], name, batch)
+
+    def passes(steps: int, to: str = "", count: int = 2) -> None:
+        for _ in range(steps):
+            leaf = photo[:1].expand(count, -1, -1, -1).clone(memory_format=torch.channels_last).requires_grad_()
+            answer = model.activations(leaf, [to])[to].sum() if to else model(leaf)[:, 0].sum()
+            torch.autograd.grad(answer, leaf)
+
+    def plain(steps: int) -> None:
+        """What a user writes first: Adam on the pixels."""
+        leaf = photo.clone().requires_grad_()
+        adam = torch.optim.Adam([leaf], lr=0.05)
+        for _ in range(steps):
+            adam.zero_grad()
+            (-model(leaf)[:, 1].sum()).backward()  # type: ignore[no-untyped-call]
+            adam.step()
+
+    def loop(steps: int, rule: str) -> None:
+        draws = Draws(["a", "b"], model.device, model.dtype, 0)
+        classes = torch.ones(2, dtype=torch.int64)
+        o.ascend(model, o.class_score(classes), photo, steps=steps, step_size=0.05, draws=draws, rule=rule)  # type: ignore[arg-type]
+
+    def classes(steps: int, count: int) -> None:
+        build("class_visualization").build({"classes": list(range(count)), "steps": steps}).run(context(model, photo, "c", count))
+
+    def channels(steps: int) -> None:
+        technique = build("channel_visualization").build({"layers": [layer], "channels": [0, 1], "steps": steps, "size": model.input.size})
+        technique._climb(ctx("channel_visualization"), layer, [0, 1], model.input.size)
+
+    def dream(steps: int) -> None:
+        from harness_synthesis.deep_dream import dream
+
+        technique = build("deep_dream").build({"octaves": 1, "steps": steps})
+        dream(ctx("deep_dream"), o.layer_norm(layer), photo, technique, ctx("deep_dream").draws())
+
+    def inversion(steps: int) -> None:
+        build("feature_inversion").build({"steps": steps})._invert(ctx("feature_inversion"), layer)
+
+    work: dict[str, tuple[Callable[[int], object], str]] = {
+        "class_visualization": (lambda n: classes(n, 2), ""),
+        f"channel_visualization, {layer}": (channels, layer),
+        f"deep_dream, {layer}": (dream, layer),
+        f"feature_inversion, {layer}": (inversion, layer),
+        "the loop with Adam": (lambda n: loop(n, "adam"), ""),
+        "a loop written by hand with torch's Adam": (plain, ""),
+    }
+    if find_spec("lucent"):
+        work["torch-lucent's render_vis (2 pictures, its own defaults)"] = (lambda n: lucent(model, n), "")
+
+    few, many = 20, 30
+    contenders: dict[str, Work] = {}
+    for name, (go, _) in work.items():
+        contenders |= {f"{name} {few}": partial(go, few), f"{name} {many}": partial(go, many)}
+    for to in ("", layer):
+        contenders |= {f"raw {to} {n}": partial(passes, n, to) for n in (few, many)}
+    for count in (1, 8):
+        contenders |= {f"{count} classes {n}": partial(classes, n, count) for n in (few, many)}
+    t = turns(contenders, rounds)
+
+    def step(name: str) -> float:
+        return t[f"{name} {many}"] - t[f"{name} {few}"]
+
+    rows = [(f"a step of {name} / forward and backward", step(name) / step(f"raw {to}"), "<= 1.20") for name, (_, to) in work.items()]
+    return [*rows, ("a step for 8 classes / for one", step("8 classes") / step("1 classes"), "< 6")]
+
+
+def lucent(model: LoadedModel, steps: int) -> None:
+    """torch-lucent 0.1.8, for comparison where it is installed."""
+    from lucent.optvis import objectives, param, render
+
+    inner = normalised(model, model.module)
+    batch = objectives.channel("labels", 1)
+    inner.add_module("labels", torch.nn.Identity())
+    inner.register_forward_hook(lambda module, args, output: module.labels(output[:, :, None, None]))
+    made = partial(param.image, model.input.size, batch=2)
+    render.render_vis(
+        inner, batch, made, thresholds=(steps,), preprocess=False, show_image=False, progress=False, fixed_image_size=model.input.size
+    )
 
 
 def made_pictures(folder: Path, count: int) -> str:

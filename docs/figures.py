@@ -1,20 +1,23 @@
-"""Make the pictures of docs/representations.md and docs/saliency.md from what comes inside packages: run `python docs/figures.py`."""
+"""Make the pictures of the guides from what comes inside packages: `python docs/figures.py`, or with the name of one guide."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from harness.datasets import load_dataset, package_pictures
-from harness.models import load_model
+from harness import Technique
+from harness.datasets import Dataset, load_dataset, package_pictures
+from harness.models import LoadedModel, load_model
 from harness.plugins import load_plugins
 from harness.registry import DatasetEntry, Registry, load_registry
 from harness.testing import run_once
 from harness_reports import charts, colour
 from harness_representations import ImageGrid, MaxPatches, TsneMap
 from harness_saliency import BiasProbe, GrabcutSegmentation
+from harness_synthesis import ChannelVisualization, ClassVisualization, DeepDream, DeepGenerator, FeatureInversion, Multifaceted
 from harness_weights import LinearTemplates
 
 HERE = Path(__file__).parent / "images"
@@ -56,7 +59,13 @@ def beside(parts: list[np.ndarray], gap: int = 8) -> np.ndarray:
 
 
 def main() -> None:
+    guides = {"representations": representations, "saliency": saliency, "synthesis": synthesis}
     registry = load_registry()
+    for name in sys.argv[1:] or guides:
+        guides[name](registry)
+
+
+def representations(registry: Registry) -> None:
 
     result = run_once(LinearTemplates(), load_model("cifar10_linear", registry), load_dataset("cifar10_samples", registry))
     templates = next(a for a in result.artifacts if a.name == "templates")
@@ -73,7 +82,6 @@ def main() -> None:
     result = run_once(MaxPatches(layer="features.9", k=5, channels=CHANNELS), load_model("squeezenet1_1", registry), photos)
     patches = next(a for a in result.artifacts if a.name == "patches")
     save(colour.sheet([resized(p, 111) for p in patches.data], 5, 4), "strongest_patches.jpg")
-    saliency(registry)
 
 
 MAPS = ("saliency", "smoothgrad", "integrated_gradients", "guided_backprop", "grad_cam", "occlusion", "rise", "lime")
@@ -115,6 +123,47 @@ def saliency(registry: Registry) -> None:
         tiles += [colour.enlarge(colour.heat(m, colour.limit(m, False)), 128) for m in maps_]
         print(name, result.notes[0], found["cue_changed"].captions[:2], found["maps"].captions)
     save(colour.sheet(tiles, 4, 4), "snow.jpg")
+
+
+# Simonyan et al.'s nine, Yosinski et al.'s four, and seven more.
+CLASSES = (
+    "dumbbell", "cup", "dalmatian", "bell pepper", "lemon", "Siberian husky", "goose", "ostrich", "limousine", "flamingo", "pelican",
+    "hartebeest", "ground beetle", "tarantula", "jellyfish", "gorilla", "starfish", "pineapple", "school bus", "zebra",
+)  # fmt: skip
+
+
+def synthesis(registry: Registry) -> None:
+    """Class pictures, recipes side by side, channels by depth, facets, pictures through generators, dreams, inversions."""
+    model, cnn = load_model("squeezenet1_1", registry), load_model("digits_cnn", registry)
+    photos, samples, digits = (load_dataset(n, registry) for n in ("photos", "imagenet_samples", "digits"))
+
+    def shown(technique: Technique, model: LoadedModel, data: Dataset, name: str, side: int, batch: int = 10) -> list[np.ndarray]:
+        found = {a.name: a for a in run_once(technique, model, data, max_batch=batch).artifacts}
+        return [resized(p, side, exact=p.shape[-1] < 64) for p in found[name].data]
+
+    def some(*names: str) -> Dataset:
+        return photos.select(indices=[photos.ids.index(n) for n in names])
+
+    save(colour.sheet(shown(ClassVisualization(classes=CLASSES), model, some("chelsea.png"), "pictures", 160), 7, 4), "classes.jpg")
+    three = ("flamingo", "pelican", "hartebeest")
+    rows = shown(ClassVisualization(classes=three, preset="compare"), model, some("chelsea.png"), "comparison", 128)
+    other = [shown(ClassVisualization(classes=three, preset=p), model, some("chelsea.png"), "pictures", 128) for p in ("fourier", "prior")]
+    rows = [tile for i in range(3) for tile in (*rows[6 * i : 6 * i + 6], *(pictures[i] for pictures in other))]
+    save(colour.sheet(rows, 8, 4), "recipes.jpg")
+    save(colour.sheet(shown(ChannelVisualization(), model, samples, "pictures", 140), 6, 4), "channels.jpg")
+    facets = shown(Multifaceted(classes=(2,), facets=6), cnn, digits, "class-2", 64)
+    facets += shown(Multifaceted(classes=(7,), facets=6), cnn, digits, "class-7", 64)
+    save(beside([colour.sheet(facets[:24], 6, 4), colour.sheet(facets[24:], 6, 4)], 40), "facets.jpg")
+    by_generator = DeepGenerator(count=10, judge="digits_resnet")
+    made = [shown(by_generator, cnn, digits.select(1), name, 64) for name in ("by_pixels", "pictures")]
+    made.append(shown(DeepGenerator(count=10, generator="prior"), cnn, digits.select(1), "pictures", 64))
+    save(colour.sheet([tile for row in made for tile in row], 10, 4), "generated.jpg")
+    dreams = [resized(p, 300) for p in some("astronaut.png", "rocket.jpg").pictures(model.input).transpose(0, 3, 1, 2) / np.float32(255)]
+    for layer in ("features.6", "features.10"):
+        dreams += shown(DeepDream(layer=layer, dreams=2), model, some("astronaut.png", "rocket.jpg"), "dream", 300)
+    save(colour.sheet([dreams[i] for i in (0, 2, 4, 1, 3, 5)], 3, 4), "dreams.jpg")
+    inverted = shown(FeatureInversion(), model, some("chelsea.png", "astronaut.png", "coffee.png"), "inversions", 160)
+    save(colour.sheet(inverted, 6, 4), "inversions.jpg")
 
 
 if __name__ == "__main__":

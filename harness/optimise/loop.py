@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -110,6 +111,7 @@ def ascend(
     snapshots: int = 0,
     converged: float = 0.0,
     begin: State | None = None,
+    during: Callable[[int], AbstractContextManager[object]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Ascent:
     """Ascend the objective from `start`, variables (N, ...) of the parametrisation (pictures, without one), for `steps` steps.
@@ -123,6 +125,7 @@ def ascend(
                  than this share of it; the loop ends when all are. 0: never
     begin        the `state` of an earlier ascent: its steps are done, and the rest goes on as if it had not stopped. `start`
                  then gives the shape alone
+    during       a context, such as another backward rule, that surrounds the passes of a step
 
     The device is waited for only every 20 steps. Cost: one forward and one backward pass a step, to the deepest layer the
     objective asks for, and one forward pass at the end. Pictures do not influence one another.
@@ -149,7 +152,8 @@ def ascend(
     reached = done
 
     for step in range(done, steps):
-        score, gradient = _score_and_gradient(model, objective, z, made, transforms, draws)
+        with during(step) if during else nullcontext():
+            score, gradient = _score_and_gradient(model, objective, z, made, transforms, draws)
         # torch.where and not an `if`: a device is not waited for in the middle of the loop.
         if law.careful and before is not None:
             # A step into the void is taken back like any other that does not rise.

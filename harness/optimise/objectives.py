@@ -165,14 +165,22 @@ class _Variation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         dx, dy = ctx.saved_tensors
-        n, c, h = dx.shape[:3]
-        slope = torch.zeros((n, c, h, dx.shape[3] + 1), dtype=dx.dtype, device=dx.device)
-        slope = slope.contiguous(memory_format=torch.channels_last) if dx.is_contiguous(memory_format=torch.channels_last) else slope
-        slope[..., 1:] += dx
-        slope[..., :-1] -= dx
+        n, c, height = dx.shape[:3]
+        width = dx.shape[3] + 1
+        slope = torch.empty_like(dx[..., :1].expand(n, c, height, width), memory_format=_form(dx))
+        if width > 1:
+            slope[..., 0], slope[..., -1] = -dx[..., 0], dx[..., -1]
+            torch.sub(dx[..., :-1], dx[..., 1:], out=slope[..., 1:-1])
+        else:
+            slope.zero_()
         slope[..., 1:, :] += dy
         slope[..., :-1, :] -= dy
         return slope.mul_(rows(2 * gradient, slope)), None
+
+
+def _form(x: Tensor) -> torch.memory_format:
+    """How a picture lies in memory, seen from its differences."""
+    return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
 
 
 def _inner(x: Tensor) -> tuple[int, ...]:

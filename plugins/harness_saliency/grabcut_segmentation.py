@@ -28,6 +28,7 @@ class GrabcutSegmentation(Technique):
 
     name = "grabcut_segmentation"
     family = "saliency"
+    version = 2
     paper = Paper("Simonyan, Vedaldi, Zisserman", 2013, "Deep Inside Convolutional Networks", arxiv="1312.6034")
     needs = frozenset({"images"})
     reading = (
@@ -44,9 +45,10 @@ class GrabcutSegmentation(Technique):
     maps: tuple[str, ...] = Param(
         ("guided_backprop", "smoothgrad"), min_length=1, description="techniques whose maps give the seeds; of several the geometric mean"
     )
-    smooth: float = Param(0.03, ge=0, le=0.5, description="Gaussian blur of the map before, as a share of the picture's shorter side")
+    smooth: float = Param(0.05, ge=0, le=0.5, description="Gaussian blur of the map before, as a share of the picture's shorter side")
     foreground: float = Param(0.95, gt=0, lt=1, description="quantile of the map from which on a pixel is taken for the object")
     background: float = Param(0.30, gt=0, lt=1, description="quantile up to which it is taken for background")
+    lean: float = Param(0.6, gt=0, lt=1, description="quantile above which what is open starts as likely the object's, else as background")
     iterations: int = Param(5, ge=1, le=100, description="rounds of colour model and cut")
     seeds: Literal["sure", "likely"] = Param("sure", description="sure: seeds stay what they are; likely: the cut may change them")
 
@@ -88,12 +90,13 @@ class GrabcutSegmentation(Technique):
         return strength
 
     def trimap(self, values: np.ndarray) -> np.ndarray:
-        """uint8 (H, W) of OpenCV's labels: pixels at or above one quantile, at or below the other, and those between.
+        """uint8 (H, W) of OpenCV's labels: pixels at or above one quantile, at or below the other, and those between, which start
+        on either side of a third.
 
         A map that is the same everywhere has no seeds.
         """
-        low, high = np.quantile(values, [self.background, self.foreground])
-        seeds = np.where(values > (low + high) / 2, MAYBE_FOREGROUND, MAYBE_BACKGROUND).astype(np.uint8)
+        low, lean, high = np.quantile(values, [self.background, self.lean, self.foreground])
+        seeds = np.where(values > lean, MAYBE_FOREGROUND, MAYBE_BACKGROUND).astype(np.uint8)
         if high > low:
             seeds[values >= high], seeds[values <= low] = FOREGROUND, BACKGROUND
         return seeds

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from harness import Context
     from harness.optimise import Ascent, Objective
 
+REDIRECTED = 16  # first steps in which gradients pass silent ReLUs, as in Olah, Mordvintsev & Schubert's library
 Unit = Literal["channel", "neuron", "direction"]
 
 
@@ -32,6 +34,7 @@ class ChannelVisualization(Technique):
 
     name = "channel_visualization"
     family = "synthesis"
+    version = 2
     paper = Paper("Olah, Mordvintsev, Schubert", 2017, "Feature Visualization", doi="10.23915/distill.00007")
     needs = frozenset({"dataset", "conv"})
     reading = (
@@ -130,22 +133,23 @@ class ChannelVisualization(Technique):
 
         def some(rows: slice) -> Ascent:
             draws = ctx.draws([f"{layer} {self.unit} {c}" for c in channels[rows]], stream="start")
-            with relu_backward("redirected"):  # a unit that is silent at the start would stay so
-                return o.ascend(
-                    model,
-                    unit_score(layer, weights[rows], middle=self.unit == "neuron"),
-                    (centre + self.noise * draws.randn((model.input.channels, side, side))).clamp(0, 1),
-                    steps=self.steps,
-                    step_size=self.step_size / 255,
-                    draws=draws,
-                    transforms=[o.Jitter(share=self.jitter / 224)] if self.jitter else [],
-                    conditioners=[o.NaturalColours(self.natural_colours), o.LowFrequencies(self.low_frequencies)],
-                    operators=[o.Decay(self.decay, centre), o.Blur(self.blur, 4), o.Clamp()],
-                    snapshots=PROGRESS,
-                    converged=self.converged,
-                    begin=begin.rows(rows) if begin else None,
-                    progress=ctx.report,
-                )
+            return o.ascend(
+                model,
+                unit_score(layer, weights[rows], middle=self.unit == "neuron"),
+                (centre + self.noise * draws.randn((model.input.channels, side, side))).clamp(0, 1),
+                steps=self.steps,
+                step_size=self.step_size / 255,
+                draws=draws,
+                transforms=[o.Jitter(share=self.jitter / 224)] if self.jitter else [],
+                conditioners=[o.NaturalColours(self.natural_colours), o.LowFrequencies(self.low_frequencies)],
+                operators=[o.Decay(self.decay, centre), o.Blur(self.blur, 4), o.Clamp()],
+                snapshots=PROGRESS,
+                converged=self.converged,
+                begin=begin.rows(rows) if begin else None,
+                # A unit that is silent at the start would stay so.
+                during=lambda step: relu_backward("redirected") if step < REDIRECTED else nullcontext(),
+                progress=ctx.report,
+            )
 
         return o.join(list(ctx.batched(len(channels), some))), weights
 

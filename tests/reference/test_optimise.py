@@ -335,3 +335,16 @@ def test_any_parametrisation_climbs(made, rule, digits_cnn):
     assert torch.equal(digits_cnn(found.images).argmax(1), classes)
     assert [step for step, _ in found.snapshots] == [30, 60]
     assert torch.equal(made.images(found.variables), found.images)
+
+
+def test_the_guides_own_technique_works(digits_cnn):
+    """The code that docs/synthesis.md shows, as it stands there."""
+    import textwrap
+    from pathlib import Path
+
+    from harness.testing import check_technique
+
+    guide = (Path(__file__).parents[2] / "docs" / "synthesis.md").read_text()
+    names: dict[str, object] = {}
+    exec(compile(textwrap.dedent(guide[guide.index("    from harness import Images") :]), "guide", "exec"), names)
+    assert check_technique(names["Calm"]) == []
