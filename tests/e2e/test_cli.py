@@ -419,3 +419,40 @@ def test_checking_a_package(cli):
 def test_output_into_a_closed_pipe_is_quiet():
     done = subprocess.run(f"{sys.executable} -m harness techniques --json | head -c 1", shell=True, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_a_generator_of_ones_own_pictures(cli, tmp_path):
+    """Trained on a folder for another layer, named by the registry file it comes with, used by the technique."""
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(load_digits().images[:60]):
+        Image.fromarray((image * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
+    words = ["train", "generator", "-d", "pictures", "--encoder", "digits_cnn", "--layer", "features.6", "-n", "mine", "-o", "made"]
+    out, _ = cli(*words, "--epochs", 3, "--device", "cpu")
+    assert "on 12 pictures kept apart" in out
+    assert "harness -r made/mine.yaml run -m digits_cnn" in out
+    run = ["-r", "made/mine.yaml", "run", "-m", "digits_cnn", "-d", "digits", "-t", "deep_generator", "-p", "steps=5"]
+    cli(*run, "-p", "generator=mine")
+    assert "no generator 'mime'; did you mean 'mine'" in cli(*run, "-p", "generator=mime", code=2)[1]
+    (tmp_path / "made" / "mine.safetensors").write_bytes(b"other")
+    assert "sha256" in cli(*run, "-p", "generator=mine", "-p", "decay=0.02", code=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "digits_cnn", "--layer", "features.1"], "--encoder and --layer are a generator's"),
+        (["train", "digits_cnn", "-d", "digits"], "--dataset is for generators"),
+        (["train", "generator", "-d", "nowhere/"], "no such folder"),
+        (["train", "generator", "--encoder", "squeezenet"], "no model 'squeezenet'"),
+        (["train", "digits_cnn_code", "--layer", "classifier.9"], "no layer 'classifier.9'"),
+        (
+            ["run", "-m", "digits_cnn", "-d", "digits", "-t", "deep_generator", "-p", "judge=digits_cn"],
+            "no model 'digits_cn'; did you mean",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_or_used(cli, words, message):
+    assert message in cli(*words, code=2)[1]

@@ -573,3 +573,19 @@ def test_what_was_made_without_a_failed_use_is_not_taken_for_the_whole(go):
     _, outcomes = go(("judge", {"act": "fail"}))
     assert CALLS[0] == "fail"  # tried again
     assert outcomes[0].run.record.metric("found").value == 1
+
+
+def test_the_key_follows_further_networks(registry, plugins, own_state):
+    """Another judge, another generator, or the same with other weights: another key."""
+
+    def key(registry, **params):
+        runs = expand(plugins, ["digits_cnn"], ["digits"], [("deep_generator", params)], limit=3)
+        return Runner(registry, plugins, Session(Experiment("k", runs), own_state)).plan(runs[0]).key
+
+    own = key(registry)
+    assert own == key(registry)
+    other = registry.generator("digits_cnn_code").model_copy(update={"weights": "random:1", "sha256": None})
+    other._where, other._folder = "test", registry.generator("digits_cnn_code").folder
+    changed = type(registry)(**{**vars(registry), "generators": {"digits_cnn_code": other}})
+    keys = [own, key(changed), key(registry, judge="digits_resnet"), key(registry, judge="digits_linear"), key(registry, generator="prior")]
+    assert len(set(keys)) == 5
