@@ -43,7 +43,10 @@ class Draws:
         self._generators = [torch.Generator("cpu").manual_seed(stable_seed(*seed, i)) for i in self.ids]
 
     def _stack(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        return torch.stack([draw(g) for g in self._generators]).to(self.device, non_blocking=True)
+        drawn = torch.stack([draw(g) for g in self._generators])
+        if self.device.type == "cuda":
+            drawn = drawn.pin_memory()  # else the copy would be waited for
+        return drawn.to(self.device, non_blocking=True)
 
     def randn(self, shape: Sequence[int]) -> Tensor:
         return self._stack(lambda g: torch.randn(tuple(shape), generator=g, device="cpu", dtype=self.dtype))

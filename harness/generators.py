@@ -34,7 +34,7 @@ class UpconvGenerator(nn.Module):
         self.code, self.size = tuple(code), size
         start = code[1] if len(code) == 3 else first_side(size)
         doublings = max(1, math.ceil(math.log2(size / start)))
-        widths = [max(16, width * 2 ** min(2, doublings - k - 1)) for k in range(doublings + 1)]
+        widths = [max(16, int(width * 2 ** min(2, doublings - k - 1))) for k in range(doublings + 1)]
         self.start = start
         self.read: nn.Module
         if len(code) == 1:
@@ -72,6 +72,8 @@ class LoadedGenerator:
         self.device = torch.device(device)
         self.module = module.eval().requires_grad_(False).to(self.device)
         self.code = tuple(entry.args["code"])
+        with torch.no_grad():
+            self.channels: int = self.module(torch.zeros((1, *self.code), device=self.device)).shape[1]
 
     @property
     def low(self) -> Tensor:

@@ -209,8 +209,10 @@ class Registry:
         new = recipe.model_copy(update=dict(changed))
         new._where, new._folder = recipe.where, recipe.folder
         if isinstance(new, GeneratorRecipe):
-            return replace(self, generator_recipes={**self.generator_recipes, name: new})
-        return replace(self, recipes={**self.recipes, name: new})
+            others = {key: value for key, value in self.recipes.items() if key != name}
+            return replace(self, recipes=others, generator_recipes={**self.generator_recipes, name: new})
+        generators = {key: value for key, value in self.generator_recipes.items() if key != name}
+        return replace(self, recipes={**self.recipes, name: new}, generator_recipes=generators)
 
     def generator(self, name: str) -> GeneratorEntry:
         if name not in self.generators:

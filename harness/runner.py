@@ -122,7 +122,7 @@ class Runner:
         self._datasets: dict[str, Dataset] = {}
         self._selected: dict[tuple[Any, ...], Dataset] = {}
         self._hashes: dict[str, str] = {}
-        self._further_hashes: dict[str, str] = {}
+        self._further_hashes: dict[tuple[str, str], str] = {}
         self._model: tuple[tuple[str, str], LoadedModel] | None = None
 
     # -- planning ----------------------------------------------------------------------------------------------------
@@ -168,14 +168,15 @@ class Runner:
         """What stands for the other networks a technique works with: builder, arguments and weights of each."""
         wanted = technique.further()
         names = [self.registry.generator_for(model) if name == "auto" else name for name in wanted.generators]
-        generators = [(name, self.registry.generator(name)) for name in names if name]
-        encoders = [(entry.encoder, self.registry.model(entry.encoder)) for _, entry in generators]
-        models = [(name, self.registry.model(name)) for name in wanted.models]
+        generators = [("generator", name, self.registry.generator(name)) for name in names if name]
+        models = [("model", name, self.registry.model(name)) for name in (*wanted.models, *(e.encoder for _, _, e in generators))]
         found: list[list[Any]] = []
-        for name, entry in (*generators, *encoders, *models):
-            if name not in self._further_hashes:
-                self._further_hashes[name] = weights_hash(name, entry)
-            found.append([name, entry.builder, entry.args, self._further_hashes[name]])
+        for kind, name, entry in (*generators, *models):
+            if (kind, name) not in self._further_hashes:
+                self._further_hashes[kind, name] = weights_hash(name, entry)
+            code = [code_hash(reference, entry.folder) for reference in (entry.builder, entry.convert)]
+            facts = entry.model_dump(mode="json", exclude={"description", "license", "source_url", "file", "recipe", "weights", "sha256"})
+            found.append([kind, name, facts, code, self._further_hashes[kind, name]])
         return found
 
     def _select(self, spec: RunSpec, cls: type[Technique]) -> Dataset:

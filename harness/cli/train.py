@@ -33,6 +33,7 @@ def command(
     """
     from ..errors import ConfigError
     from ..paths import cache_folder
+    from ..registry import NAME
 
     registry = state.registry()
     found = registry.recipe(recipe)
@@ -48,6 +49,8 @@ def command(
     if (encoder or layer) and generator:
         changed["compare"] = ""
     name = name or recipe
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"--name {name!r}: a name has letters, digits, '_', '.' and '-'")
     registry = registry.with_recipe(name, found, changed)
     from ..train import train
 

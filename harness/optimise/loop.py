@@ -72,9 +72,14 @@ def join(parts: Sequence[Ascent]) -> Ascent:
         torch.cat([_filled(part.scores, longest) for part in parts], 1),
         [i + sum(sizes[:n]) for n, part in enumerate(parts) for i in part.stopped],
         [(n, torch.cat([found[min(k, len(found) - 1)][1] for found in filled])) for k, (n, _) in enumerate(shots)],
-        last and State(last.step, {k: torch.cat([s.memory[k] for s in states]) for k in last.memory}, torch.cat([s.draws for s in states])),
+        last and State(last.step, {k: _together(states, k, v) for k, v in last.memory.items()}, torch.cat([s.draws for s in states])),
         torch.cat(variables) if len(variables) == len(parts) else None,
     )
+
+
+def _together(states: Sequence[State], name: str, like: Tensor) -> Tensor:
+    """One memory of several batches; what a batch that ended early never had is zero."""
+    return torch.cat([s.memory.get(name, like.new_zeros((len(s.draws), *like.shape[1:]))) for s in states])
 
 
 def _filled(scores: Tensor, length: int) -> Tensor:
@@ -142,7 +147,9 @@ def ascend(
         draws.restore(begin.draws)
     good = z  # the last variables of each picture whose score was finite
     alive = memory.pop("alive", torch.ones(len(z), dtype=torch.bool, device=z.device))
-    resting = torch.zeros_like(alive)  # converged
+    resting = memory.pop("resting", torch.zeros_like(alive))  # converged
+    recent = list(memory.pop("recent", z.new_zeros((len(z), 0))).unbind(1))[-min(done, 2 * WINDOW) :] if done else []
+    stands: dict[int, Tensor] = {}  # of those that rest, where their random numbers stood when they came to it
     before: tuple[Tensor, Tensor, Tensor] | None = None  # a careful rule: variables, gradient and score kept last
     if "kept_variables" in memory:
         before = (memory.pop("kept_variables"), memory.pop("kept_gradient"), memory.pop("kept_score"))
@@ -176,30 +183,44 @@ def ascend(
         alive = alive & known & _finite(gradient)
         good, before = z, (z, gradient, score)
         trace.append(score)
-        if len(trace) % WINDOW == 0:
-            if converged and len(trace) >= 2 * WINDOW:
-                last, earlier = torch.stack(trace[-WINDOW:]).mean(0), torch.stack(trace[-2 * WINDOW : -WINDOW]).mean(0)
-                resting = resting | (last - earlier < converged * earlier.abs())
+        recent = [*recent, score][-2 * WINDOW :]
+        if (step + 1) % WINDOW == 0:
+            if converged and len(recent) == 2 * WINDOW:
+                last, earlier = torch.stack(recent[WINDOW:]).mean(0), torch.stack(recent[:WINDOW]).mean(0)
+                still = last - earlier < converged * earlier.abs()
+                for i in torch.nonzero(still & ~resting).flatten().tolist():
+                    stands[i] = draws.state()[i]
+                resting = resting | still
             if not bool((alive & ~resting).any()):
                 break
-        move = gradient
-        for conditioner in conditioners:
-            move = conditioner(move)
-        size = size_at(step)
-        new = z + law(memory, gradient, move, size, step, fresh=step > 0 and size != size_at(step - 1))
-        for operator in operators:
-            new = operator(new, gradient, step)
+        with _precise(z.device):
+            move = gradient
+            for conditioner in conditioners:
+                move = conditioner(move)
+            size = size_at(step)
+            new = z + law(memory, gradient, move, size, step, fresh=step > 0 and size != size_at(step - 1))
+            for operator in operators:
+                new = operator(new, gradient, step)
         z = _chosen(alive & ~resting, new, z)
         reached = step + 1
         if reached in wanted:
-            with torch.no_grad():
-                shots.append((reached, made.images(z).clone()))
+            with torch.no_grad():  # of a careful rule the last picture that was kept: this step is not judged yet
+                shots.append((reached, made.images(before[0] if law.careful else z).clone()))
         if progress is not None:
             progress("steps", reached, steps)
-    ended, stand = {**memory, "variables": z, "alive": alive}, draws.state()
+    # A picture that rests keeps the random numbers it would have had alone, and one that is lost nothing that is not a number.
+    stand = draws.state()
+    for i, own in stands.items():
+        stand[i] = own
+    ended = {name: torch.where(rows(alive, value), value, torch.zeros_like(value)) for name, value in memory.items()}
+    ended |= {"variables": z, "alive": alive, "resting": resting}
+    if converged:
+        filled = [z.new_zeros(len(z))] * (2 * WINDOW - len(recent)) + recent
+        ended["recent"] = torch.stack([torch.where(alive, score, torch.zeros_like(score)) for score in filled], 1)
     if before is not None:
         if law.careful:
-            ended |= {"kept_variables": before[0], "kept_gradient": before[1], "kept_score": before[2]}
+            kept_before = dict(zip(("kept_variables", "kept_gradient", "kept_score"), before, strict=True))
+            ended |= {n: torch.where(rows(alive, v), v, torch.zeros_like(v)) for n, v in kept_before.items()}
         # The last step has not been looked at yet.
         with torch.no_grad():
             image = seen = made.images(z)
@@ -236,6 +257,11 @@ def _laid_out(z: Tensor) -> Tensor:
     in order."""
     form = torch.channels_last if z.dim() == 4 else torch.contiguous_format
     return z.clone(memory_format=form)
+
+
+def _precise(device: torch.device) -> AbstractContextManager[object]:
+    """Only the passes may run in lower precision: Fourier transforms and small steps cannot."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _finite(gradient: Tensor) -> Tensor:

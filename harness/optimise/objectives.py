@@ -167,7 +167,7 @@ class _Variation(torch.autograd.Function):
         dx, dy = ctx.saved_tensors
         n, c, height = dx.shape[:3]
         width = dx.shape[3] + 1
-        slope = torch.empty_like(dx[..., :1].expand(n, c, height, width), memory_format=_form(dx))
+        slope = dx.new_empty((n, c, height, width)).contiguous(memory_format=_form(dx))
         if width > 1:
             slope[..., 0], slope[..., -1] = -dx[..., 0], dx[..., -1]
             torch.sub(dx[..., :-1], dx[..., 1:], out=slope[..., 1:-1])

@@ -45,6 +45,11 @@ def _tiny(x: Tensor) -> float:
     return float(torch.finfo(x.dtype).tiny)
 
 
+def _over(size: float, length: Tensor) -> Tensor:
+    """size / length, and no step at all where there is no gradient."""
+    return torch.where(length > 0, size / length.clamp_min(_tiny(length)), torch.zeros_like(length))
+
+
 class _Plain:
     """A rule that never takes a step back."""
 
@@ -59,7 +64,7 @@ class Normalised(_Plain):
     """size * g / rms(g): size is the RMS change of a variable."""
 
     def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
-        return move * (size / average(move.square()).sqrt().clamp_min(_tiny(move)))
+        return move * _over(size, average(move.square()).sqrt())
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class MeanAbs(_Plain):
     """size * g / mean(|g|): size is the mean change of a variable (DeepDream's step)."""
 
     def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
-        return move * (size / average(move.abs()).clamp_min(_tiny(move)))
+        return move * _over(size, average(move.abs()))
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Scaled(_Plain):
 
     def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
         if "rate" not in memory:
-            memory["rate"] = self.gain / total(gradient * move).clamp_min(_tiny(move))
+            memory["rate"] = _over(self.gain, total(gradient * move))
         return memory["rate"] * move
 
 
@@ -143,7 +148,8 @@ class LineSearch:
 
     def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
         size = memory["size"]
-        memory["size"] = torch.where(rows(rose, size), size * 1.1, size * 0.5)
+        # On a plateau every step is kept: its size must not grow beyond all numbers.
+        memory["size"] = torch.where(rows(rose, size), (size * 1.1).clamp_max(1e6), size * 0.5)
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ class LBFGS:
         for k, weight in zip(reversed(held), reversed(weights), strict=True):
             q = q + memory[f"s{k}"] * (weight - memory[f"rho{k}"] * total(memory[f"y{k}"] * q))
         known = memory["curvature"] > 0
-        plain = size * move / average(move.square()).sqrt().clamp_min(_tiny(move))
+        plain = move * _over(size, average(move.square()).sqrt())
         return memory["size"] * torch.where(known, q, plain)
 
     def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:

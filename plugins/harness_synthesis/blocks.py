@@ -60,6 +60,20 @@ def spread_layers(ctx: Context, count: int) -> list[str]:
     return [found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count)]
 
 
+def refuses(model: LoadedModel, side: int, layer: str = "") -> str:
+    """Why a model does not take pictures of another size than its own, in its words; empty where it does."""
+    import torch
+
+    shape = (1, model.input.channels, side, side)
+    images = torch.full(shape, 0.5, device=model.device, dtype=model.dtype)
+    try:
+        with torch.no_grad():
+            _ = model.activations(images, [layer]) if layer else model(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return " ".join(str(error).split())[:160]
+    return ""
+
+
 def place(model: LoadedModel, layer: str) -> float:
     """How deep a layer lies, from 0 to 1: its number among the layers with weights, pooling or activations of a forward pass."""
     names = [name for name, _ in model.calls]

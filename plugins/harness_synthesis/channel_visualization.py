@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import model_validator
 
-from harness import ConfigError, Curve, Images, Metric, Paper, Param, Result, Table, Technique, Use
+from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique, Use
 from harness.datasets import evenly
 
-from .blocks import spread_layers
+from .blocks import refuses, spread_layers
 from .climb import CONVERGED, GO_ON, PROGRESS, check_go_on, earlier, go_on, state_of, strip
 
 if TYPE_CHECKING:
@@ -76,8 +76,13 @@ class ChannelVisualization(Technique):
         import torch
 
         model = ctx.model
-        layers = [model.full_name(n) for n in self.layers] or spread_layers(ctx, self.rows)
+        layers = list(dict.fromkeys(model.full_name(n) for n in self.layers)) or spread_layers(ctx, self.rows)
         side = self.size or min(model.input.size, 160)
+        if side != model.input.size:
+            problem = refuses(model, side, layers[-1])
+            if problem and self.size:
+                raise NotApplicable(f"needs a model that takes pictures of {side} pixels; leave out `size` ({problem})")
+            side = model.input.size if problem else side
         shown = {layer: self._channels(layer, model.maps_shape(layer)[0]) for layer in layers}
         strongest = self._dataset(ctx, layers)
         rows: list[list[Any]] = []
@@ -176,8 +181,16 @@ class ChannelVisualization(Technique):
         strips: list[Any],
         states: list[Any],
     ) -> Result:
-        count = len(rows) // len({row[0] for row in rows})
-        artifacts: list[Any] = [Images("pictures", pictures, captions=captions, columns=count, exact=side < 64, caption="A row a layer.")]
+        sizes = [sum(row[0] == layer for row in rows) for layer in dict.fromkeys(row[0] for row in rows)]
+        artifacts: list[Any] = []
+        if len(set(sizes)) == 1:
+            artifacts.append(Images("pictures", pictures, captions=captions, columns=sizes[0], exact=side < 64, caption="A row a layer."))
+        else:  # a row a layer is not to be had on one page
+            begun = 0
+            for size in sizes:
+                some, words = pictures[begun : begun + size], captions[begun : begun + size]
+                artifacts.append(Images(f"pictures-{rows[begun][0]}", some, captions=words, columns=min(size, 8), exact=side < 64))
+                begun += size
         artifacts += strips
         if lines:
             artifacts.append(Curve("objective", range(1, len(next(iter(lines.values()))) + 1), lines, "step", "activation"))

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from harness import Curve, Images, Metric, Paper, Param, Result, Table, Technique, Use
+from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique, Use
 
-from .climb import CONVERGED, GO_ON, PROGRESS, check_go_on, earlier, go_on, state_of, strip
+from .blocks import refuses
+from .climb import CONVERGED, GO_ON, PROGRESS, SCHEDULE, check_go_on, earlier, go_on, state_of, strip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +98,7 @@ class ClassVisualization(Technique):
     gain: float = Param(
         2.0, gt=0, description="with step scaled or progress: how much a step (the first, each) raises the objective, to first order"
     )
+    schedule: int | None = SCHEDULE
     size: int = Param(0, ge=0, le=4096, description="side of the picture in pixels; 0: the model's own")
     l2: float = Param(0.0, ge=0, description="lambda, weight of the squared distance from the training mean (pixels in [0, 1])")
     jitter: int = Param(16, ge=0, description="random shift before each pass, up to this many pixels at 224, in proportion at other sizes")
@@ -136,6 +138,8 @@ class ClassVisualization(Technique):
     @model_validator(mode="after")
     def _consistent(self) -> ClassVisualization:
         check_go_on(self)
+        if self.preset == "compare" and self.go_on:
+            raise ValueError("go_on: the presets side by side are runs of their own; go on from one of them")
         blurring = [n for n in ("jitter", "scale", "rotate") if getattr(self, n)]
         if self.step in ("line_search", "lbfgs") and blurring:
             raise ValueError(f"step {self.step} compares scores, which {blurring[0]} would blur; set {' and '.join(blurring)} to 0")
@@ -159,6 +163,11 @@ class ClassVisualization(Technique):
         classes = torch.tensor([model.class_index(c) for c in self.classes or spread(self.count, model.class_count)], device=ctx.device)
         side = self.size or model.input.size
         centre = torch.tensor(model.input.mean, device=ctx.device, dtype=model.dtype).view(1, -1, 1, 1)
+        seen = side + 2 * round(self.pad * side)
+        if seen != model.input.size:
+            problem = refuses(ctx.model, seen)
+            if problem:
+                raise NotApplicable(f"needs a model that takes pictures of {seen} pixels; leave out `size` and set `pad` to 0 ({problem})")
         start, made = self._climb(ctx, classes, centre, side)
 
         logits = ctx.logits(made.images)
@@ -221,7 +230,7 @@ class ClassVisualization(Technique):
         ]
         operators: list[o.Operator] = [
             o.Decay(self.decay, centre),
-            o.Blur(self.blur, self.blur_every, self.blur_end, self.steps),
+            o.Blur(self.blur, self.blur_every, self.blur_end, self.schedule or self.steps),
             o.ClipSmallNorm(self.norm_percentile, centre),
             o.ClipSmallContribution(self.contribution_percentile, centre),
             o.Clamp(),

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from harness import Context
     from harness.optimise import Ascent, State
 
+SCHEDULE: Any = Param(
+    None, ge=1, le=1_000_000, description="the length in steps by which what changes on the way goes; none: the number of steps"
+)
 PROGRESS = 5  # pictures in a progress strip
 EARLIER = "earlier"
 CONVERGED: Any = Param(
@@ -32,7 +35,10 @@ def earlier(technique: Any) -> list[Use]:
     """The run that `go_on` names: the same technique with fewer steps."""
     if not technique.go_on:
         return []
-    return [Use(technique.name, {**technique.key_params(), "steps": technique.go_on, "go_on": 0}, name=EARLIER)]
+    params = {**technique.key_params(), "steps": technique.go_on, "go_on": 0}
+    if "schedule" in params:  # what changes from step to step goes by the whole length
+        params["schedule"] = technique.schedule or technique.steps
+    return [Use(technique.name, params, name=EARLIER)]
 
 
 def check_go_on(technique: Any) -> None:

@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from harness import Arrays, ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Technique, Use
 
-from .blocks import blocks
+from .blocks import blocks, refuses
 from .climb import CONVERGED, EARLIER
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from harness import Context
     from harness.optimise import Ascent, Objective
 
+USUAL = 4  # octaves where nothing else is asked for
 SHOWN = 4  # pictures in the progress strip
 
 
@@ -45,7 +46,9 @@ class DeepDream(Technique):
 
     layer: str = Param("", description="the layer that dreams; none: the block three quarters of the way to the class scores")
     steps: int = Param(10, ge=0, le=100_000, description="gradient steps an octave")
-    octaves: int = Param(4, ge=1, le=20, description="sizes worked at, from the smallest to the picture's own")
+    octaves: int | None = Param(
+        None, ge=1, le=20, description="sizes worked at, from the smallest to the picture's own; none: 4, or as many as the layer allows"
+    )
     octave_scale: float = Param(1.4, gt=1, le=4, description="each octave is this much larger than the one before")
     step_size: float = Param(1.5, gt=0, description="mean change of a pixel in a step, in 255ths")
     jitter: float = Param(32, ge=0, description="largest random roll before a step, in pixels of a picture of 224")
@@ -71,16 +74,8 @@ class DeepDream(Technique):
         import torch
 
         layer = self.layer or dreaming(ctx)
-        _, rows, columns = ctx.model.maps_shape(layer)
-        if self.octaves > 1:
-            takes_any_size(ctx, layer)
-        side = min(ctx.images.shape[2:])
-        smallest = round(side / self.octave_scale ** (self.octaves - 1))
-        if smallest < 2 * max(1, side // min(rows, columns)) or smallest < 8:
-            raise ConfigError(
-                f"deep_dream.octaves: the smallest of {self.octaves} would have {smallest} pixels a side, too few for {layer!r}; "
-                "take fewer, or a smaller octave_scale"
-            )
+        octaves = self._octaves(ctx, layer)
+        settings = self.model_copy(update={"octaves": octaves})
         objective = self._objective(ctx, layer)
         made: list[Tensor] = []
         traces: list[list[Tensor]] = []
@@ -92,7 +87,7 @@ class DeepDream(Technique):
             image, parts = start[rows], []
             for number in range(self.go_on, self.dreams):
                 draws = ctx.draws(ctx.ids[rows], stream=f"dream {number}" if number else "")
-                image, found = dream(ctx, objective, image, self, draws)
+                image, found = dream(ctx, objective, image, settings, draws)
                 parts += found
             return image, parts
 
@@ -101,11 +96,32 @@ class DeepDream(Technique):
             made.append(image)
             traces.append([_filled(p.scores, self.steps) for p in parts])
             stopped += [first + i for p in parts for i in p.stopped]
-            strips.append(torch.stack([_resized(p.images, image.shape[2:]) for p in parts[-self.octaves :]], 1))
+            strips.append(torch.stack([_resized(p.images, image.shape[2:]) for p in parts[-octaves:]], 1))
             first += len(image)
         pictures = torch.cat(made)
         scores = torch.cat([torch.cat(t) for t in traces], 1)  # (dreams * octaves * steps, N)
-        return self._result(ctx, layer, pictures, scores, torch.cat(strips), sorted(set(stopped)), objective)
+        return settings._result(ctx, layer, pictures, scores, torch.cat(strips), sorted(set(stopped)), objective)
+
+    def _octaves(self, ctx: Context, layer: str) -> int:
+        """How many sizes are worked at; a number that was asked for and cannot be is an error."""
+        _, rows, columns = ctx.model.maps_shape(layer)
+        side = min(ctx.images.shape[2:])
+        least = max(8, 2 * max(1, side // min(rows, columns)))
+
+        def smallest(octaves: int) -> int:
+            return round(side / self.octave_scale ** (octaves - 1))
+
+        if self.octaves is None:
+            fitting = [n for n in range(2, USUAL + 1) if smallest(n) >= least]
+            return max(fitting, default=1) if fitting and not refuses(ctx.model, smallest(fitting[-1]), layer) else 1
+        if self.octaves > 1:
+            takes_any_size(ctx, layer)
+        if smallest(self.octaves) < least:
+            raise ConfigError(
+                f"deep_dream.octaves: the smallest of {self.octaves} would have {smallest(self.octaves)} pixels a side, too few for "
+                f"{layer!r}; take fewer, or a smaller octave_scale"
+            )
+        return self.octaves
 
     def _start(self, ctx: Context) -> Tensor:
         """The pictures, or what an earlier run dreamt of them."""
@@ -172,13 +188,13 @@ class DeepDream(Technique):
             with torch.no_grad():
                 return torch.cat(list(ctx.batched(len(images), lambda rows: o.evaluate(ctx.model, objective, images[rows], images[rows]))))
 
-        gain = (strength(pictures) / strength(ctx.images).clamp_min(1e-30)).tolist()
+        before = strength(ctx.images)
+        gain = (strength(pictures) / before).tolist() if bool((before > 0).all()) else []
         rising = (scores.view(-1, self.steps, len(pictures)).diff(dim=1) > 0).float().mean((0, 1)).tolist() if self.steps > 1 else []
-        metrics = [
-            Metric(
-                "gain", float(np.mean(gain)), better="higher", per_image=gain, about="the objective of the dream over that of the picture"
-            ),
-        ]
+        metrics = []
+        if gain:  # a likeness to the guide may be below zero, where a ratio says nothing
+            about = "the objective of the dream over that of the picture"
+            metrics.append(Metric("gain", float(np.mean(gain)), better="higher", per_image=gain, about=about))
         if rising:
             about = "share of steps that raise the objective, within octaves"
             metrics.append(Metric("rising_steps", float(np.mean(rising)), better="higher", per_image=rising, about=about))
@@ -231,7 +247,7 @@ def dream(ctx: Context, objective: Objective, images: Tensor, settings: DeepDrea
     height, width = images.shape[2:]
     detail: Tensor | None = None
     parts: list[Ascent] = []
-    for tall, wide in zip(*(sizes(n, settings.octaves, settings.octave_scale) for n in (height, width)), strict=True):
+    for tall, wide in zip(*(sizes(n, settings.octaves or 1, settings.octave_scale) for n in (height, width)), strict=True):
         base = _resized(images, (tall, wide))
         start = base if detail is None else (base + _resized(detail, (tall, wide))).clamp(0, 1)
         pixels = round(settings.jitter * min(height, width) / 224)

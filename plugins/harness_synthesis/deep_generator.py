@@ -9,7 +9,7 @@ from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Pa
 from harness.technique import Further
 
 from .class_visualization import prior_widths, spread, unique
-from .climb import CONVERGED, GO_ON, PROGRESS, check_go_on, earlier, go_on, state_of, strip
+from .climb import CONVERGED, GO_ON, PROGRESS, SCHEDULE, check_go_on, earlier, go_on, state_of, strip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +27,10 @@ class DeepGenerator(Technique):
     frozen, trained generator G (Nguyen, Dosovitskiy, Yosinski, Brox & Clune 2016, arXiv:1605.09304).
 
     As in the authors' release, steps are normalised by the mean magnitude of the code's gradient, shrink linearly to nothing, and
-    each is followed by the decay y <- 0.99 y and by clipping every unit to the range it had in training pictures (`reach` times
-    that). With generator 'prior' nothing is trained beforehand: the weights and the code of a random convolutional network are
-    what Adam moves (after Ulyanov et al. 2018, arXiv:1711.10925). Cost: one forward and one backward pass through generator and
-    model a step and class.
+    each is followed by clipping every unit to the range it had in training pictures (`reach` times that) and by the decay
+    y <- 0.99 y; the noise that ascent starts from is scaled to that range. With generator 'prior' nothing is trained beforehand:
+    the weights and the code of a random convolutional network are what Adam moves (after Ulyanov et al. 2018, arXiv:1711.10925).
+    Cost: one forward and one backward pass through generator and model a step and class.
     """
 
     name = "deep_generator"
@@ -60,6 +60,7 @@ class DeepGenerator(Technique):
     )
     judge: str = Param("", description="a second model with the same classes, which names the pictures, and those of ascent on pixels")
     steps: int = Param(200, ge=0, le=100_000, description="gradient steps")
+    schedule: int | None = SCHEDULE
     step_size: float = Param(
         0.1, gt=0, description="mean change of a unit of the code in the first step, as a share of the units' mean largest value"
     )
@@ -97,6 +98,11 @@ class DeepGenerator(Technique):
 
         units = self._units(ctx)
         generator = None if self.generator == PRIOR else ctx.generator(self.generator)
+        if generator is not None and generator.channels != ctx.model.input.channels:
+            raise ConfigError(
+                f"deep_generator.generator: {generator.name!r} makes pictures of {generator.channels} channels, and "
+                f"{ctx.model.name!r} takes {ctx.model.input.channels}"
+            )
         if self.start and generator is None:
             raise ConfigError("deep_generator.start: there is no generator for this model; train one by `harness train generator`")
         start, made = self._climb(ctx, units, generator)
@@ -183,12 +189,12 @@ class DeepGenerator(Technique):
                 typical = float(generator.high.mean())
                 noise = draws.randn(generator.code)
                 start = (typical * noise).clamp_min(0) if picture_code is None else picture_code.expand(len(noise), *picture_code.shape[1:])
-                size = shrinking(self.step_size * typical, self.steps)
+                size = shrinking(self.step_size * typical, self.schedule or self.steps)
                 operators = [
-                    o.Decay(self.decay, torch.zeros_like(start[:1])),
                     o.Clamp(self.reach * generator.low.clamp_max(0), self.reach * generator.high),
+                    o.Decay(self.decay, torch.zeros_like(start[:1])),
                 ]
-                start = operators[1](start, start, 0)
+                start = operators[0](start, start, 0)
             with torch.no_grad():
                 first = made_of.images(start)
             return first, o.ascend(

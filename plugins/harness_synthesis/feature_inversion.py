@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import model_validator
 
-from harness import Curve, Images, Metric, Paper, Param, Result, Table, Technique
+from harness import ConfigError, Curve, Images, Metric, Paper, Param, Result, Table, Technique
 
 from .blocks import place, spread_layers
-from .climb import CONVERGED, GO_ON, PROGRESS, check_go_on, earlier, go_on, state_of, strip
+from .climb import CONVERGED, GO_ON, PROGRESS, SCHEDULE, check_go_on, earlier, go_on, state_of, strip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NATURAL_RMS = 0.255
 RELEASED_SIDE = 227
 # The released schedule: a quarter of the steps at the full rate, half at a tenth, a quarter at a hundredth.
-SCHEDULE = ((0.25, 1.0), (0.5, 0.1), (0.25, 0.01))
+PHASES = ((0.25, 1.0), (0.5, 0.1), (0.25, 0.01))
 
 
 class FeatureInversion(Technique):
@@ -50,6 +50,7 @@ class FeatureInversion(Technique):
     layers: tuple[str, ...] = Param((), description="layers to invert, a column each; none: `rows` of them, spread over the depth")
     rows: int = Param(5, ge=1, le=100, description="how many layers when none are named")
     steps: int = Param(400, ge=0, le=100_000, description="gradient steps, in three phases of falling rate")
+    schedule: int | None = SCHEDULE
     optimiser: Literal["momentum", "adam", "lbfgs"] = Param(
         "momentum", description="momentum: gradient descent with the released schedule; adam or lbfgs: those, with step_size"
     )
@@ -79,7 +80,7 @@ class FeatureInversion(Technique):
         import torch
 
         model = ctx.model
-        layers = [model.full_name(n) for n in self.layers] or spread_layers(ctx, self.rows)
+        layers = list(dict.fromkeys(model.full_name(n) for n in self.layers)) or spread_layers(ctx, self.rows)
         made: dict[str, Ascent] = {}
         errors: dict[str, Tensor] = {}
         for layer in layers:
@@ -149,6 +150,11 @@ class FeatureInversion(Technique):
         def some(rows: slice) -> tuple[Ascent, Tensor]:
             with torch.no_grad():
                 features = model.activations(images[rows], [layer])[layer]
+            silent = (features.flatten(1) == 0).all(1).nonzero().flatten().tolist()
+            if silent:
+                raise ConfigError(
+                    f"layer {layer!r} gives nothing but zeros for {ctx.ids[rows.start + silent[0]]}: there is nothing to invert"
+                )
             draws = ctx.draws([f"{layer} {i}" for i in ctx.ids[rows]])
             part = o.ascend(
                 model,
@@ -180,7 +186,8 @@ class FeatureInversion(Technique):
 
         if self.optimiser != "momentum":
             return self.step_size / 255
-        return stepped([(round(share * self.steps), self.rate * factor * norm) for share, factor in SCHEDULE])
+        length = self.schedule or self.steps
+        return stepped([(round(share * length), self.rate * factor * norm) for share, factor in PHASES])
 
 
 def inversion_objective(

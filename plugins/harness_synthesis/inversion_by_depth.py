@@ -43,7 +43,12 @@ class InversionByDepth(Technique):
     layers: tuple[str, ...] = Param((), description="layers to invert; none: `rows` of them, spread over the depth")
     rows: int = Param(8, ge=1, le=100, description="how many layers when none are named")
     steps: int = Param(400, ge=1, le=100_000, description="gradient steps an inversion; all else as feature_inversion has it by default")
-    gallery: int = Param(500, ge=1, le=100_000, description="pictures among which the inversion's own is looked for, at most")
+    gallery: int = Param(
+        500,
+        ge=1,
+        le=100_000,
+        description="pictures among which the inversion's own is looked for, at most; those inverted are always among them",
+    )
 
     def uses(self) -> list[Use]:
         return [Use(INVERSION, {"layers": list(self.layers), "rows": self.rows, "steps": self.steps})]
@@ -86,7 +91,7 @@ class InversionByDepth(Technique):
             Curve("SSIM", depth, {"SSIM": ssim.mean(1)}, "layer, in the order of the pass", "SSIM"),
             Curve("recognition", depth, lines, "layer, in the order of the pass", "share of pictures"),
         ]
-        among = f"among {size} pictures; chance {1 / size:.2g}"
+        among = f"among {size} pictures; chance at most {2 / size:.2g}"
         about = "share of pictures that are recognised, by features or by pixels, from what the {} layer gives back"
         either = np.maximum(by_pixels, by_features)
         metrics = [

@@ -31,7 +31,8 @@ class Phase:
     margin: float = 0.0  # as a share of the side: the release has 50 of 227 pixels
 
 
-# https://github.com/Evolving-AI-Lab/mfv, act_max.tvd.mean.py
+# https://github.com/Evolving-AI-Lab/mfv, act_max.tvd.mean.py. There the first phase's step is written as going from 1 to 2; run by
+# the Python of its day, whose division of whole numbers rounds down, it stays at 1.
 PHASES = (
     Phase(190, (1, 2), (0.4, 0.4), 0.3, released=190),
     Phase(150, (1, 1), (0.01, 2), 0.3, released=150, scale=1.2),
@@ -52,7 +53,7 @@ class Multifaceted(Technique):
     pictures nearest to its centre. The schedule is the authors' release: 190, 150, 20 and 10 steps of mean size 1 to 2 in 255ths,
     on random crops of a picture enlarged by 1.2, each followed by total-variation denoising (here of the whole picture, by
     Chambolle's projection); smaller pictures take fewer steps and less denoising, in proportion to their side. As many random
-    starts are climbed for comparison. Cost: one forward pass a picture of the dataset, two forward and backward passes a step and
+    starts are climbed for comparison. Cost: two forward passes a picture of the dataset, two forward and backward passes a step and
     facet.
     """
 
@@ -219,6 +220,8 @@ class Multifaceted(Technique):
         begin = go_on(ctx, f"state-{c}")
         phases = scheduled(self.schedule or max(MINIMUM, round(TOTAL * side / RELEASED_SIDE)))
         steps = sum(phase.steps for phase in phases) if self.steps is None else self.steps
+        if self.go_on >= max(1, steps):
+            raise ConfigError(f"multifaceted.go_on: {self.go_on} must be fewer than the {steps} steps that are made in all")
 
         def some(rows: slice) -> Climbed:
             return climb(ctx, c, start[rows], ids[rows], phases, steps, self.converged, begin.rows(rows) if begin else None)
@@ -320,6 +323,7 @@ def climb(
         draws.restore(begin.draws)
     classes = torch.full((len(start),), c, device=ctx.device)
     alive = torch.ones(len(start), dtype=torch.bool, device=ctx.device) if begin is None else begin.memory["alive"]
+    memory = {} if begin is None else {n: v for n, v in begin.memory.items() if n in ("resting", "recent")}
     scores, shots, offset = [start.new_zeros((0, len(start)))], [], 0
     for number, phase in enumerate(phases):
         count = min(steps - offset, phase.steps if number < len(phases) - 1 else steps)
@@ -327,6 +331,8 @@ def climb(
             continue
         if offset + count > done:
             inside = max(0, done - offset)
+            if inside == 0:
+                memory = {}
             if inside == 0 and phase.scale != 1:
                 x = resized(x, round(x.shape[-1] * phase.scale))
             # Denoising reaches a number of pixels: fewer in a smaller picture, for the same look.
@@ -345,17 +351,23 @@ def climb(
                 operators=[o.Clamp(), o.Denoise(lambda t, phase=phase, smooth=smooth: smooth / fidelity(phase, t))],  # type: ignore[misc]
                 snapshots=1,
                 converged=converged,
-                begin=o.State(inside, {"variables": x, "alive": alive}, draws.state()),
+                begin=o.State(inside, {"variables": x, "alive": alive, **memory}, draws.state()),
                 progress=lambda what, d, _, offset=offset: ctx.report(what, offset + d, steps),  # type: ignore[misc]
             )
             assert part.variables is not None
             assert part.state is not None
             x, alive = part.variables, part.state.memory["alive"]
-            scores.append(part.scores)
+            # What rests within a phase goes on resting there, and begins anew with the next.
+            memory = {n: v for n, v in part.state.memory.items() if n in ("resting", "recent")} if offset + count == steps else {}
+            made = len(part.scores)
+            left = part.scores[-1:].expand(count - inside - made, -1) if made else part.scores
+            scores.append(torch.cat([part.scores, left]))  # of an early end the last score stands for the rest
             shots.append(x)
         offset += phase.steps
     stopped = torch.nonzero(~alive).flatten().tolist()
-    return Climbed(x, torch.cat(scores), shots, o.State(max(steps, done), {"variables": x, "alive": alive}, draws.state()), stopped)
+    return Climbed(
+        x, torch.cat(scores), shots, o.State(max(steps, done), {"variables": x, "alive": alive, **memory}, draws.state()), stopped
+    )
 
 
 def joined(parts: Sequence[Climbed]) -> State:

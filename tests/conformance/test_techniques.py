@@ -23,6 +23,8 @@ SMALL = {
     "deep_generator": {"steps": 4, "count": 2},
     "multifaceted": {"facets": 2, "steps": 3, "plane": "pca"},
     "inversion_by_depth": {"steps": 4, "rows": 2, "gallery": 8},
+    "attack_curve": {"attacks": ["pgd"], "eps": [8], "steps": 2},
+    "fooling_image": {"steps": 3},
     "tsne_map": {"iterations": 250, "seeds": 1, "perplexity": [3]},
     "rise": {"masks": 60},
     "lime": {"samples": 60},

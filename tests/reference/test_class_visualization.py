@@ -380,7 +380,6 @@ seen: list[int] = []
     ],
 )
 def test_going_on_is_as_if_it_had_not_stopped(settings, digits_cnn):
-    settings = {"blur": 1.0, "blur_end": 1.0, **settings} if settings.get("preset") not in ("fourier", "prior") else settings
     data = load_dataset("digits", load_registry()).select(1)
     settings = {"classes": (3, 5), **settings, "steps": 20}
     whole = run_once(ClassVisualization(**settings), digits_cnn, data)

@@ -37,8 +37,8 @@ def test_the_codes_gradient_is_a_finite_difference(registry):
 
 
 def test_generators_of_vectors_and_of_maps_give_pictures_of_their_size():
-    for code, channels, size in (([10], 1, 8), ([10], 3, 30), ([6, 5, 5], 3, 40), ([6, 13, 13], 3, 100)):
-        made = UpconvGenerator(code, channels, size, width=4).requires_grad_(False)(torch.rand(2, *code))
+    for code, channels, size, width in (([10], 1, 8, 4), ([10], 3, 30, 64), ([6, 5, 5], 3, 40, 4), ([6, 13, 13], 3, 100, 64)):
+        made = UpconvGenerator(code, channels, size, width).requires_grad_(False)(torch.rand(2, *code))
         assert made.shape == (2, channels, size, size)
         assert float(made.min()) >= 0 and float(made.max()) <= 1
     assert [first_side(n) for n in (8, 32, 224, 28)] == [4, 4, 7, 7]
@@ -47,7 +47,7 @@ def test_generators_of_vectors_and_of_maps_give_pictures_of_their_size():
 
 
 def test_steps_decay_and_bounds_are_the_releases(digits_cnn, registry, digits):
-    """By hand: y <- clip(0.99 (y + step g / mean|g|)), the step shrinking linearly."""
+    """By hand: y <- 0.99 clip(y + step g / mean|g|), the step shrinking linearly."""
     technique = DeepGenerator(classes=(3, 8), steps=6)
     made = run_once(technique, digits_cnn, digits)
     generator = load_generator("digits_cnn_code", registry)
@@ -62,17 +62,20 @@ def test_steps_decay_and_bounds_are_the_releases(digits_cnn, registry, digits):
         score = digits_cnn(generator(leaf)).gather(1, torch.tensor([[3], [8]])).sum()
         gradient = torch.autograd.grad(score, leaf)[0]
         size = 0.1 * typical + (1e-10 - 0.1 * typical) * step / 6
-        y = (0.99 * (y + size * gradient / gradient.abs().mean(1, keepdim=True))).clamp(torch.zeros(64), generator.high)
+        y = 0.99 * (y + size * gradient / gradient.abs().mean(1, keepdim=True)).clamp(torch.zeros(64), generator.high)
     torch.testing.assert_close(torch.tensor(state["memory.variables"]), y, rtol=0, atol=1e-4)
     assert shrinking(8.0, 200)(0) == 8.0 and shrinking(8.0, 200)(200) == pytest.approx(1e-10)
 
 
-def test_codes_stay_in_their_range_and_the_generator_is_left_as_it_was(digits_cnn, registry, digits):
-    before = {k: v.clone() for k, v in load_generator("digits_cnn_code", registry).module.state_dict().items()}
+def test_codes_stay_in_their_range_and_the_generator_is_left_as_it_was(digits_cnn, registry, digits, monkeypatch):
+    loaded = load_generator("digits_cnn_code", registry)
+    monkeypatch.setattr("harness.context.Context.generator", lambda self, name: loaded)
+    before = {k: v.clone() for k, v in loaded.module.state_dict().items()}
     result = run_once(DeepGenerator(count=10), digits_cnn, digits)
+    assert all(torch.equal(v, before[k]) for k, v in loaded.module.state_dict().items())
     generator = load_generator("digits_cnn_code", registry)
     codes = torch.tensor(table(result, "state").data["memory.variables"])
-    assert (codes <= generator.high).all() and (codes >= 0).all()
+    assert (codes <= 0.99 * generator.high + 1e-6).all() and (codes >= 0).all()
     wide = run_once(DeepGenerator(count=10, reach=3.0), digits_cnn, digits)
     beyond = torch.tensor(table(wide, "state").data["memory.variables"])
     assert (beyond <= 3 * generator.high).all() and (beyond > generator.high).any()
@@ -107,10 +110,7 @@ def test_going_on_is_as_if_it_had_not_stopped(kind, digits_cnn, digits):
     settings = {"classes": (3, 5), "generator": kind, "decay": 0.01}
     first = run_once(DeepGenerator(steps=20, **settings), digits_cnn, digits)
     rest = run_once(DeepGenerator(steps=20, go_on=8, **settings), digits_cnn, digits)
-    if kind == "prior":
-        np.testing.assert_array_equal(table(rest, "pictures").data, table(first, "pictures").data)
-    else:  # steps shrink over the whole length, which the run of eight steps has for itself
-        assert len(table(rest, "objective").x) == 12
+    np.testing.assert_array_equal(table(rest, "pictures").data, table(first, "pictures").data)
 
 
 def test_bad_input_is_named(digits_cnn, digits, registry):

@@ -139,9 +139,10 @@ def test_the_first_relu_gives_the_photograph_back_and_deeper_layers_less(squeeze
     assert all(line[-1] < 0.3 * line[0] for line in curve.lines.values())
 
 
-def test_going_on_gives_what_an_undivided_run_gives(digits_cnn, registry):
+@pytest.mark.parametrize("optimiser", ["momentum", "adam", "lbfgs"])
+def test_going_on_gives_what_an_undivided_run_gives(optimiser, digits_cnn, registry):
     digits = load_dataset("digits", registry).select(2)
-    settings = {"layers": ("features.0", "classifier.1"), "optimiser": "adam"}
+    settings = {"layers": ("features.0", "classifier.1"), "optimiser": optimiser}
     whole = run_once(FeatureInversion(steps=30, **settings), digits_cnn, digits)
     rest = run_once(FeatureInversion(steps=30, go_on=12, **settings), digits_cnn, digits)
     np.testing.assert_array_equal(rest.artifacts[0].data, whole.artifacts[0].data)

@@ -68,7 +68,7 @@ def test_the_schedule_is_the_released_one():
     assert [p.steps for p in scheduled(370)] == [190, 150, 20, 10]
     assert [p.steps for p in scheduled(37)] == [19, 15, 2, 1] and sum(p.steps for p in scheduled(13)) == 13
     first, second, third, _ = PHASES
-    for i in (0, 7, 149):  # as the release computes them
+    for i in (0, 7, 149):  # as the release is written
         assert between(first.step, i, 190) == pytest.approx(1 + ((2 - 1) * i) / 190)
         assert fidelity(second, i) == pytest.approx(0.01 - (0.01 - 2 * i) / 150)
     assert third.margin * 227 == pytest.approx(50) and second.scale == 1.2
@@ -146,6 +146,14 @@ def test_going_on_is_as_if_it_had_not_stopped(done, digits_cnn, digits):
     np.testing.assert_array_equal(table(rest, "class-2").data, table(whole, "class-2").data)
 
 
+def test_an_early_end_in_several_batches(digits_cnn, digits):
+    settings = {"classes": (2,), "facets": 4, "plane": "pca", "converged": 0.3, "schedule": 200}
+    whole = run_once(Multifaceted(**settings), digits_cnn, digits, max_batch=32)
+    parts = run_once(Multifaceted(**settings), digits_cnn, digits, max_batch=3)
+    np.testing.assert_allclose(table(parts, "class-2").data, table(whole, "class-2").data, atol=2 / 255)
+    assert len(table(parts, "objective").x) == 200
+
+
 def test_what_cannot_be(digits_cnn, digits, registry):
     with pytest.raises(ConfigError, match="classes 0 to 9"):
         run_once(Multifaceted(classes=(11,)), digits_cnn, digits)
@@ -153,6 +161,8 @@ def test_what_cannot_be(digits_cnn, digits, registry):
         run_once(Multifaceted(classes=(5,)), digits_cnn, digits.select(indices=np.flatnonzero(digits.labels == 3)))
     with pytest.raises(ConfigError, match="name that class in `classes`"):
         run_once(Multifaceted(members="all"), digits_cnn, digits)
+    with pytest.raises(ConfigError, match="fewer than the 50 steps"):
+        run_once(Multifaceted(classes=(2,), facets=2, plane="pca", go_on=60), digits_cnn, digits)
     with pytest.raises(ConfigError, match="no layer 'features.77'"):
         run_once(Multifaceted(layer="features.77"), digits_cnn, digits)
     assert resized(torch.zeros(1, 1, 4, 4), 4).shape == (1, 1, 4, 4)

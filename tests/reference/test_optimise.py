@@ -151,6 +151,56 @@ def test_what_has_converged_rests_and_the_rest_goes_on():
     assert torch.equal(joined.images, both.images) and joined.scores.shape == both.scores.shape
 
 
+@pytest.mark.parametrize("done", [7, 20, 53])
+def test_what_rests_does_so_whatever_its_company_and_however_often_it_is_interrupted(done, digits_cnn):
+    """Batches, and going on: random transforms, early ends, a memory."""
+    start = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    classes = torch.tensor([0, 3, 5, 8])
+
+    def made(which, steps=200, begin=None):
+        random = Draws([str(i) for i in which], torch.device("cpu"), torch.float32, 0)
+        return o.ascend(
+            digits_cnn,
+            o.class_score(classes[which]),
+            start[which],
+            steps=steps,
+            step_size=0.02,
+            draws=random,
+            rule="adam",
+            transforms=[o.Jitter(1)],
+            operators=[o.Clamp()],
+            converged=0.02,
+            begin=begin,
+        )
+
+    together = made([0, 1, 2, 3])
+    ends = [int((together.scores[:, i].diff() != 0).sum()) for i in range(4)]
+    assert len(set(ends)) > 1 and max(ends) < 199  # each at its own time
+    for i in range(4):
+        alone = made([i])
+        torch.testing.assert_close(alone.images[0], together.images[i], rtol=0, atol=1e-5)
+        assert torch.equal(alone.state.draws[0], together.state.draws[i])
+    joined = o.join([made([0, 1]), made([2]), made([3])])
+    torch.testing.assert_close(joined.images, together.images, rtol=0, atol=1e-5)
+    rest = made([0, 1, 2, 3], begin=made([0, 1, 2, 3], steps=done).state)
+    torch.testing.assert_close(rest.images, together.images, rtol=0, atol=1e-6)
+    after = made([0, 1, 2, 3], begin=joined.state)
+    torch.testing.assert_close(after.images, together.images, rtol=0, atol=1e-5)
+
+
+def test_no_gradient_no_step():
+    model = quadratic()
+    flat = o.Objective(frozenset(), lambda _, x: 0 * x.flatten(1).sum(1))
+    for rule in RULES:
+        found = o.ascend(model, flat, noise(1, 1, 4, 4), steps=25, step_size=9.0, draws=draws(), rule=rule)
+        assert torch.equal(found.images, noise(1, 1, 4, 4)) and not found.stopped
+
+
+def test_thin_pictures_have_a_variation():
+    x = noise(1, 1, 5, 1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: o.total_variation().score({}, v), x)
+
+
 def test_a_loop_with_nothing_left_to_do_ends():
     model = quadratic()
     lost = o.Objective(frozenset(), lambda _, x: x.flatten(1).sum(1) * float("nan"))
