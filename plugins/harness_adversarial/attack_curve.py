@@ -43,13 +43,13 @@ class AttackCurve(Technique):
         "An upper bound on robustness: better attacks find more. Mind the warnings, the number of pictures and the interval; a single "
         "weak attack, FGSM above all, says nothing about robustness."
     )
-    audit = {"standard": {"eps": (0.5, 1, 2, 4), "attacks": ("fgsm", "pgd"), "steps": 10}, "full": {}}
+    audit = {"standard": {"eps": (0.1, 0.25, 0.5, 1, 2, 4), "attacks": ("fgsm", "pgd"), "steps": 10}, "full": {}}
 
     attacks: tuple[Named, ...] = Param(
         ("fgsm", "pgd", "pgd_targeted", "fgm_l2", "pgd_l2"), min_length=1, description="attacks that are tried; the worst case is over all"
     )
-    eps: tuple[float, ...] = Param((0.5, 1, 2, 4, 8, 16), min_length=1, description="budgets in L-inf, in 255ths")
-    eps_l2: tuple[float, ...] = Param((0.1, 0.25, 0.5, 1, 2, 4), min_length=1, description="budgets in L2, of pictures in [0, 1]")
+    eps: tuple[float, ...] = Param((0.1, 0.25, 0.5, 1, 2, 4, 8, 16), min_length=1, description="budgets in L-inf, in 255ths")
+    eps_l2: tuple[float, ...] = Param((0.05, 0.1, 0.25, 0.5, 1, 2, 4), min_length=1, description="budgets in L2, of pictures in [0, 1]")
     steps: int = Param(20, ge=1, le=100_000, description="steps of the iterated attacks")
     step_size: float = Param(0.1, gt=0, le=2, description="their length as a share of the budget")
     random_start: bool = Param(True, description="begin at a random place of the ball; the single-step attacks begin at the picture")

@@ -75,7 +75,7 @@ class FoolingImage(Technique):
             captions += [
                 f"{names[i]}, p = {float(before[i]):.3f}",
                 f"{now[i]}, p = {float(logits[i].softmax(0).amax()):.3f}",
-                f"difference, at most {in_255ths(float(far[i]))[:-4][:5]}/255",
+                f"difference, at most {float(far[i]) * 255:.3g}/255",
                 f"difference x {AMPLIFIED}",
             ]
         columns = ["picture", "answer before", "probability", "target", "probability of the target", "largest change in 255ths", "fooled"]

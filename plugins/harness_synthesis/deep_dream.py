@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +57,9 @@ class DeepDream(Technique):
     dreams: int = Param(1, ge=1, le=1000, description="how often the picture is dreamt, each time from what came of it before")
     go_on: int = Param(0, ge=0, description="go on from an earlier run of this many dreams, taken from the store or made first")
     converged: float = CONVERGED
+    size: int = Param(
+        0, ge=0, le=16_384, description="dream the whole picture, its longer side this many pixels; 0: the square that the model takes"
+    )
     guide: str = Param("", description="the name of a picture of the dataset that the dream is to resemble")
     frames: int = Param(0, ge=0, le=10_000, description="frames of a zoom into the first picture; 0 makes none")
     zoom: float = Param(0.05, gt=0, lt=0.5, description="how far each frame moves in, as a share of the picture")
@@ -73,6 +78,8 @@ class DeepDream(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
+        if self.size:
+            return self._whole(ctx)
         layer = self.layer or dreaming(ctx)
         octaves = self._octaves(ctx, layer)
         settings = self.model_copy(update={"octaves": octaves})
@@ -102,11 +109,43 @@ class DeepDream(Technique):
         scores = torch.cat([torch.cat(t) for t in traces], 1)  # (dreams * octaves * steps, N)
         return settings._result(ctx, layer, pictures, scores, torch.cat(strips), sorted(set(stopped)), objective)
 
+    def _whole(self, ctx: Context) -> Result:
+        """Each picture in its own shape: a dream of its own."""
+        from harness.context import Context as Own
+
+        takes_any_size(ctx, self.layer or dreaming(ctx))
+        artifacts: list[Any] = []
+        metrics: dict[str, list[Metric]] = {}
+        notes: list[str] = []
+        for i, (name, image) in enumerate(zip(ctx.ids, whole_pictures(ctx, self.size), strict=True)):
+            results = {EARLIER: {"state": ctx.results[EARLIER][f"state-{i + 1}"]}} if EARLIER in ctx.results else {}
+            own = Own(
+                ctx.model,
+                images=image,
+                ids=[name],
+                dataset=ctx.dataset,
+                technique=ctx.technique,
+                seed=ctx.seed,
+                max_batch=ctx.max_batch,
+                results=results,
+                progress=ctx.report,
+            )
+            found = self.model_copy(update={"size": 0, "frames": 0 if i else self.frames}).run(own)
+            artifacts += [replace(a, name=f"{a.name}-{i + 1}") for a in found.artifacts]
+            for metric in found.metrics:
+                metrics.setdefault(metric.name, []).append(metric)
+            notes += found.notes
+        joined = [
+            replace(same[0], value=float(np.mean([m.value for m in same])), per_image=[v for m in same for v in m.per_image])
+            for same in metrics.values()
+        ]
+        return Result(artifacts, joined, notes)
+
     def _octaves(self, ctx: Context, layer: str) -> int:
         """How many sizes are worked at; a number that was asked for and cannot be is an error."""
         _, rows, columns = ctx.model.maps_shape(layer)
         side = min(ctx.images.shape[2:])
-        least = max(8, 2 * max(1, side // min(rows, columns)))
+        least = max(8, 2 * max(1, ctx.model.input.size // min(rows, columns)))
 
         def smallest(octaves: int) -> int:
             return round(side / self.octave_scale ** (octaves - 1))
@@ -231,6 +270,20 @@ def takes_any_size(ctx: Context, layer: str) -> None:
             ctx.model.activations(torch.nn.functional.pad(images, (0, 8, 0, 8)), [layer])
     except (RuntimeError, AssertionError, ValueError) as error:
         raise NotApplicable(f"needs a model that takes pictures of any size, or `octaves` 1; {ctx.model.name!r} says: {error}") from None
+
+
+def whole_pictures(ctx: Context, size: int) -> Iterator[Tensor]:
+    """Each picture of the dataset (1, C, H, W), uncut, its longer side `size` pixels."""
+    from PIL import Image
+
+    from harness.context import to_images
+
+    for i in range(len(ctx.dataset)):
+        picture = ctx.dataset.get(i).convert("L" if ctx.model.input.channels == 1 else "RGB")
+        scale = size / max(picture.size)
+        width, height = (max(1, round(n * scale)) for n in picture.size)
+        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+        yield to_images(pixels.reshape(1, height, width, -1).copy(), ctx.device, ctx.model.dtype)
 
 
 def sizes(side: int, octaves: int, scale: float) -> list[int]:

@@ -59,7 +59,7 @@ def _pixels(draw: Any, width: float, height: float) -> np.ndarray:
 
 def curve(artifact: Curve) -> bytes:
     def draw(figure: Any) -> None:
-        import matplotlib
+        import matplotlib.ticker
 
         axes = figure.add_subplot()
         many = len(artifact.lines) > 10
@@ -73,6 +73,10 @@ def curve(artifact: Curve) -> bytes:
             xscale="log" if artifact.log_x else "linear",
             yscale="log" if artifact.log_y else "linear",
         )
+        for axis, wide in ((axes.xaxis, artifact.log_x), (axes.yaxis, artifact.log_y)):
+            if wide:  # matplotlib's own labels are formulas, which are not parsed here
+                axis.set_major_formatter(matplotlib.ticker.LogFormatter())
+                axis.set_minor_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         if 6 < len(artifact.lines) <= 40:  # they would cover the lines
             axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=1 + (len(artifact.lines) > 20))
         elif len(artifact.lines) > 1:

@@ -242,3 +242,13 @@ def test_json_holds_every_row_and_no_nan(report, plugins, tmp_path):
     content = json.loads(plugins.get("renderers", "json").render(report, tmp_path).read_text())
     assert len(content["runs"][0]["tables"]["long"]["rows"]) == 100
     assert content["runs"][0]["metrics"][1]["value"] is None
+
+
+def test_labels_of_a_logarithmic_axis_are_numbers():
+    import numpy as np
+
+    from harness import Curve
+    from harness_reports import charts
+
+    drawn = charts.curve(Curve("a", range(1, 30), {"x": np.geomspace(2e7, 4e8, 29)}, "step", "value", log_y=True))
+    assert b"mathdefault" not in drawn and b"<!-- 1e+08 -->" in drawn

@@ -215,3 +215,24 @@ def test_a_dream_goes_on_from_an_earlier_one(digits_cnn, registry):
     assert not np.array_equal(once.artifacts[0].data, twice.artifacts[0].data)
     with pytest.raises(ConfigError, match="go_on 2 must be fewer than dreams"):
         DeepDream.build({"dreams": 2, "go_on": 2})
+
+
+def test_whole_pictures_keep_their_shape(squeezenet, registry):
+    data = load_dataset("photos", registry).select(indices=[1, 3])  # 512 x 512 and 640 x 427
+    settings = {"layer": "features.3", "octaves": 2, "steps": 2, "size": 160}
+    result = run_once(DeepDream(**settings), squeezenet, data)
+    shapes = {a.name: a.data.shape[2:] for a in result.artifacts if a.name.startswith("dream")}
+    assert shapes == {"dream-1": (160, 160), "dream-2": (107, 160)}
+    assert len(result.metrics[0].per_image) == 2 and result.metrics[0].value > 1
+    twice = run_once(DeepDream(dreams=2, **settings), squeezenet, data)
+    rest = run_once(DeepDream(dreams=2, go_on=1, **settings), squeezenet, data)
+    for a, b in zip(twice.artifacts, rest.artifacts, strict=True):
+        if a.name.startswith("dream"):
+            np.testing.assert_array_equal(a.data, b.data)
+
+
+def test_octaves_fit_small_pictures_unless_asked_for(digits_cnn, registry):
+    data = load_dataset("digits", registry).select(1)
+    assert len(run_once(DeepDream(steps=2), digits_cnn, data).artifacts) > 0
+    with pytest.raises((ConfigError, NotApplicable)):
+        run_once(DeepDream(steps=2, octaves=4), digits_cnn, data)
