@@ -3,9 +3,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import model_validator
 
 from harness import Curve, Images, Metric, Paper, Param, Result, Table, Technique, Use
 
+from .climb import CONVERGED, GO_ON, check_go_on
 from .feature_inversion import signal_to_noise, similarity
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class InversionByDepth(Technique):
     layers: tuple[str, ...] = Param((), description="layers to invert; none: `rows` of them, spread over the depth")
     rows: int = Param(8, ge=1, le=100, description="how many layers when none are named")
     steps: int = Param(400, ge=1, le=100_000, description="gradient steps an inversion; all else as feature_inversion has it by default")
+    converged: float = CONVERGED
+    go_on: int = GO_ON
     gallery: int = Param(
         500,
         ge=1,
@@ -50,8 +54,14 @@ class InversionByDepth(Technique):
         description="pictures among which the inversion's own is looked for, at most; those inverted are always among them",
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> InversionByDepth:
+        check_go_on(self)
+        return self
+
     def uses(self) -> list[Use]:
-        return [Use(INVERSION, {"layers": list(self.layers), "rows": self.rows, "steps": self.steps})]
+        settings = {"layers": list(self.layers), "rows": self.rows, "steps": self.steps, "converged": self.converged, "go_on": self.go_on}
+        return [Use(INVERSION, settings)]
 
     def run(self, ctx: Context) -> Result:
         import torch
@@ -92,6 +102,8 @@ class InversionByDepth(Technique):
             Curve("recognition", depth, lines, "layer, in the order of the pass", "share of pictures"),
         ]
         among = f"among {size} pictures; chance at most {2 / size:.2g}"
+        # How the inversions were made: their curve and, of the first picture, the way.
+        artifacts += [a for name, a in found.items() if name == "objective" or name.startswith("progress")]
         about = "share of pictures that are recognised, by features or by pixels, from what the {} layer gives back"
         either = np.maximum(by_pixels, by_features)
         metrics = [
