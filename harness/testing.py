@@ -18,7 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .artifacts import Artifact
-from .context import Context, labels_of, to_images
+from .context import Context, build_network, labels_of, to_images
 from .datasets import Dataset, load_dataset
 from .errors import ConfigError, HarnessError, NotApplicable
 from .models import LoadedModel, load_model
@@ -65,7 +65,7 @@ class DeviceGuard(TorchFunctionMode):
             return ""
         path = frame.f_code.co_filename
         outer: Any = frame
-        while outer is not None and outer.f_code.co_name != "_build":
+        while outer is not None and outer.f_code is not build_network.__code__:
             outer = outer.f_back
         if outer is not None:  # a further network, which is built on the CPU and then put where it belongs
             return ""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from harness.optimise import Ascent
 
 PRIOR = "prior"
+BY_GENERATOR = "generator"
 PIXELS = "pixels"  # the name of the use that climbs on pixels, for comparison
 
 
@@ -246,7 +247,7 @@ class DeepGenerator(Technique):
         plain = torch.from_numpy(pixels.data).to(ctx.device, images.dtype)
         found: list[Metric] = []
         says: list[str] = []
-        for which, pictures, words in ((self.judge_name(), images, "these pictures"), (PIXELS, plain, "pictures by ascent on pixels")):
+        for which, pictures, words in ((BY_GENERATOR, images, "these pictures"), (PIXELS, plain, "pictures by ascent on pixels")):
             fitted = torch.nn.functional.interpolate(pictures, size=(judge.input.size,) * 2, mode="bilinear", antialias=True)
             with torch.no_grad():
                 logits = torch.cat(list(ctx.batched(len(fitted), lambda rows: judge(fitted[rows]))))  # noqa: B023
@@ -258,10 +259,6 @@ class DeepGenerator(Technique):
         caption = "For comparison: the same classes by ascent on pixels (class_visualization)."
         names = [judge.class_name(c) for c in classes.tolist()]
         return found, (Images("by_pixels", plain, captions=names, columns=4, exact=plain.shape[-1] < 64, caption=caption), says)
-
-    @staticmethod
-    def judge_name() -> str:
-        return "generator"
 
 
 @dataclass(frozen=True)

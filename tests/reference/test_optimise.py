@@ -290,8 +290,9 @@ def test_transforms_are_differentiable_and_repeatable(transform, size):
     assert torch.equal(first, second)
     gradient = torch.autograd.grad(first.square().sum(), x)[0]
     assert torch.isfinite(gradient).all() and float(gradient.abs().sum()) > 0
-    if not isinstance(transform, o.Pad):
-        assert not torch.equal(first[0] - x[0], transform(x.flip(0), draws(2))[1] - x[0]) or transform == o.Jitter(share=0.1)
+    if not isinstance(transform, o.Pad):  # which draws nothing
+        alike = transform(x.detach()[:1].expand(4, -1, -1, -1), draws(4))
+        assert any(not torch.equal(alike[0], other) for other in alike[1:])  # each picture has draws of its own
 
 
 def test_padding_is_a_share():
