@@ -369,6 +369,65 @@ def lucent(model: LoadedModel, steps: int) -> None:
     )
 
 
+def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
+    """Ten projected gradient steps on a batch of 8 against their bare passes, foolbox and (where it can be imported) torchattacks;
+    64 noisy copies of two pictures against as many forward passes."""
+    import warnings
+
+    from harness_adversarial.attacks import Attack, attack
+    from harness_adversarial.certified_radius import counts
+
+    images, steps, copies, batch = pictures(model, 8), 10, 64, 16
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+
+    class Peer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return model(x)
+
+    def raw() -> None:
+        for _ in range(steps):
+            leaf = images.detach().requires_grad_()
+            torch.autograd.grad(torch.nn.functional.cross_entropy(model(leaf), labels, reduction="sum"), leaf)
+        with torch.no_grad():
+            model(images)
+
+    eps = 8 / 255
+    contenders: dict[str, Work] = {"raw": raw, "ours": lambda: attack(model, images, labels, Attack("pgd", "linf", steps, 0.1), eps)}
+    contenders["dropping"] = lambda: attack(model, images, labels, Attack("pgd", "linf", steps, 0.1), eps, drop=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import foolbox
+
+        theirs = foolbox.PyTorchModel(Peer().eval(), bounds=(0, 1), device="cpu")
+    pgd = foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=steps, random_start=False)
+    contenders["foolbox"] = lambda: pgd(theirs, images, labels, epsilons=eps)
+    try:
+        import torchattacks
+
+        second = torchattacks.PGD(Peer().eval(), eps=eps, alpha=eps / 10, steps=steps, random_start=False)
+        contenders["torchattacks"] = lambda: second(images, labels)
+    except ImportError:
+        pass
+
+    def forward() -> None:
+        with torch.no_grad():
+            for _ in range(2 * copies // batch):
+                model(images[:1].expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last))
+
+    contenders["forward"] = forward
+    contenders["smoothing"] = lambda: counts(context(model, images[:2], "smoothing", batch), 0.25, 0, copies, model.class_count)
+    t = turns(contenders, rounds)
+    rows = [
+        ("PGD / raw passes", t["ours"] / t["raw"], "<= 1.15"),
+        ("PGD, dropping what is fooled / raw passes", t["dropping"] / t["raw"], "<= 1.15"),
+        ("PGD / foolbox", t["ours"] / t["foolbox"], "< 1"),
+    ]
+    if "torchattacks" in t:
+        rows.append(("PGD / torchattacks", t["ours"] / t["torchattacks"], "< 1"))
+    return [*rows, ("smoothing / raw forward passes", t["smoothing"] / t["forward"], "<= 1.10")]
+
+
 def made_pictures(folder: Path, count: int) -> str:
     """A folder of photographs: crops of scikit-image's, as JPEG of 320 x 256."""
     from PIL import Image
@@ -514,13 +573,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="*", default=["squeezenet1_1", "resnet18@random"])
     parser.add_argument("--memory", action="store_true", help="also the peak memory of streaming techniques; takes minutes")
-    parser.add_argument("--only", nargs="*", default=[], help="saliency, gradients, occlusion, perturbation, ascent, streaming, rest")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="saliency, gradients, occlusion, perturbation, ascent, adversarial, streaming, rest"
+    )
     options = parser.parse_args()
     registry = load_registry()
     rows: list[tuple[str, str, float, str]] = []
     for name in options.models:
         model = load_model(name, registry)
-        for measure in (saliency, gradients, occlusion, perturbation, ascent):
+        for measure in (saliency, gradients, occlusion, perturbation, ascent, adversarial):
             if options.only and measure.__name__ not in options.only:
                 continue
             rows += [(name, *row) for row in measure(model, options.rounds)]

@@ -15,6 +15,7 @@ from harness.plugins import load_plugins
 from harness.registry import DatasetEntry, Registry, load_registry
 from harness.testing import run_once
 from harness_reports import charts, colour
+from harness_adversarial import AdversarialTraining, DecisionSlice, FoolingImage
 from harness_representations import ImageGrid, MaxPatches, TsneMap
 from harness_saliency import BiasProbe, GrabcutSegmentation
 from harness_synthesis import ChannelVisualization, ClassVisualization, DeepDream, DeepGenerator, FeatureInversion, Multifaceted
@@ -59,7 +60,7 @@ def beside(parts: list[np.ndarray], gap: int = 8) -> np.ndarray:
 
 
 def main() -> None:
-    guides = {"representations": representations, "saliency": saliency, "synthesis": synthesis}
+    guides = {"representations": representations, "saliency": saliency, "synthesis": synthesis, "adversarial": adversarial}
     registry = load_registry()
     for name in sys.argv[1:] or guides:
         guides[name](registry)
@@ -164,6 +165,23 @@ def synthesis(registry: Registry) -> None:
     save(colour.sheet([dreams[i] for i in (0, 2, 4, 1, 3, 5)], 3, 4), "dreams.jpg")
     inverted = shown(FeatureInversion(), model, some("chelsea.png", "astronaut.png", "coffee.png"), "inversions", 160)
     save(colour.sheet(inverted, 6, 4), "inversions.jpg")
+
+
+def adversarial(registry: Registry) -> None:
+    """Two koalas, planes through pictures, the four questions. universal.jpg is made on pictures that do not come along."""
+    model, cnn = load_model("squeezenet1_1", registry), load_model("digits_cnn", registry)
+    samples, digits = load_dataset("imagenet_samples", registry), load_dataset("digits", registry)
+    found = {a.name: a for a in run_once(FoolingImage(target="koala"), model, samples.select(indices=[2, 7]), max_batch=2).artifacts}
+    save(colour.sheet([resized(p, 220) for p in found["fooled"].data], 4, 4), "fooled.jpg")
+    planes = []
+    for net, data in ((cnn, digits.select(indices=[0, 5, 8, 17])), (model, samples.select(4))):
+        result = {a.name: a for a in run_once(DecisionSlice(normals=False), net, data, max_batch=32).artifacts}
+        planes += [resized(p, 220, exact=True) for p in result["planes"].data]
+    save(colour.sheet(planes, 4, 4), "slices.jpg")
+    curves = {a.name: a for a in run_once(AdversarialTraining(), cnn, digits, max_batch=128).artifacts}
+    drawn = [charts.curve_pixels(curves[n]) for n in ("which_noise", "which_budget", "clean_accuracy", "when_enough")]
+    half = [np.asarray(Image.fromarray(d).resize((d.shape[1] // 2, d.shape[0] // 2), Image.Resampling.LANCZOS)) for d in drawn]
+    save(np.concatenate([beside(half[:2]), beside(half[2:])]), "four_questions.jpg")
 
 
 if __name__ == "__main__":

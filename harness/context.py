@@ -32,6 +32,12 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def drawn(draw: Callable[..., Tensor], size: Any, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """draw(size), such as torch.rand of a shape or torch.randperm of a number, on the CPU and then put on the device: every device
+    gets the same numbers."""
+    return draw(size, generator=generator, device="cpu").to(device)
+
+
 class Draws:
     """Random numbers for named items: an item gets the same numbers in any batch, order or worker.
 
@@ -161,7 +167,7 @@ class Context:
         found = self.dataset.masks(self.model.input) if self._dataset is not None else None
         return None if found is None else torch.from_numpy(found).to(self.device)
 
-    # -- other networks -------------------------------------------------------------------------------------------------
+    # -- other networks and datasets ------------------------------------------------------------------------------------
 
     def further_model(self, name: str) -> LoadedModel:
         """A model that the technique names in `further()`, on the same device."""
@@ -178,6 +184,14 @@ class Context:
             if not name:
                 return None
         return cast("LoadedGenerator", self._loaded("generator", name, lambda registry: load_generator(name, registry, self.device)))
+
+    def further_dataset(self, name: str) -> Dataset:
+        """A dataset that the technique names in `further()`."""
+        from .datasets import load_dataset
+
+        if self._registry is None:
+            raise HarnessError(f"dataset {name!r}: this context was made without a registry")
+        return load_dataset(name, self._registry)
 
     def _loaded(self, kind: str, name: str, load: Callable[[Registry], Any]) -> Any:
         if self._registry is None:

@@ -99,3 +99,45 @@ class DigitsResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 1, 8, 8) -> (N, classes)
         return self.fc(self.pool(self.blocks(self.stem(x))).flatten(1))
+
+
+class _PreActBlock(nn.Module):
+    """Batch norm and ReLU before each of two 3 x 3 convolutions; the shortcut starts after the first ReLU where shapes change."""
+
+    def __init__(self, into: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(into)
+        self.conv1 = nn.Conv2d(into, out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(into, out, 1, stride, bias=False) if stride != 1 or into != out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = torch.relu(self.bn1(x))
+        beside = x if self.shortcut is None else self.shortcut(start)
+        out: Tensor = self.conv2(torch.relu(self.bn2(self.conv1(start))))
+        return out + beside
+
+
+class PreActResNet(nn.Module):
+    """ResNet with activations first (He et al. 2016, arXiv:1603.05027) for pictures of about 32 x 32; width 64 and two blocks a stage
+    are PreAct ResNet-18."""
+
+    def __init__(self, width: int = 64, blocks: int = 2, channels: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        stages: list[nn.Module] = []
+        into = width
+        for stage in range(4):
+            for block in range(blocks):
+                out = width * 2**stage
+                stages.append(_PreActBlock(into, out, 2 if stage and not block else 1))
+                into = out
+        self.blocks = nn.Sequential(*stages)
+        self.bn = nn.BatchNorm2d(into)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(into, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, classes)
+        found: Tensor = self.fc(self.pool(torch.relu(self.bn(self.blocks(self.stem(x))))).flatten(1))
+        return found

@@ -114,19 +114,37 @@ class DatasetEntry(_Entry):
         return value
 
 
+class Adversary(BaseModel):
+    """The inner maximisation of adversarial training: the loss is that of the worst picture found within eps of each, in L-inf
+    (Madry et al. 2017, arXiv:1706.06083, eq. 2.1). One step of 1.25 eps from a random start is fast adversarial training (Wong et al.
+    2020, arXiv:2001.03994)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    eps: Annotated[float, Field(gt=0, le=255)]  # in 255ths
+    steps: Positive = 7
+    step_size: Annotated[float, Field(gt=0, le=2)] = 0.25  # as a share of eps
+    random_start: bool = True
+
+
 class RecipeEntry(_Entry):
     """How a small network is trained; `harness train NAME` follows it."""
 
     builder: str
     args: dict[str, Any] = {}
     dataset: str
-    test_dataset: str
+    test_dataset: str = ""  # none: every fifth picture of the dataset is kept apart
+    limit: Positive | None = None  # as many pictures, spread evenly
     epochs: Positive
     batch_size: Positive = 64
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     shift: Annotated[int, Field(ge=0)] = 0  # random shifts of up to this many pixels
+    flip: bool = False  # mirror half of the pictures
+    schedule: Literal["cosine", "triangular"] = "cosine"  # of the rate: falling, or rising for half of the steps and falling then
+    adversary: Adversary | None = None  # train on the worst pictures within a budget
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0  # std of Gaussian noise on the pixels, for certified_radius (Cohen et al. 2019)
+    signs: Annotated[float, Field(ge=0, le=1)] = 0.0  # size of random signs added to the pixels: noise that looks for nothing
     seed: int = 0
     classes: str | list[str] = ""
     input: InputSpec = InputSpec()

@@ -165,7 +165,7 @@ class Runner:
         return Planned(spec, technique, key, dataset, uses)
 
     def _further(self, technique: Technique, model: str) -> list[list[Any]]:
-        """What stands for the other networks a technique works with: builder, arguments and weights of each."""
+        """What stands for the other networks and datasets a technique works with: builder, arguments and weights; fingerprints."""
         wanted = technique.further()
         names = [self.registry.generator_for(model) if name == "auto" else name for name in wanted.generators]
         generators = [("generator", name, self.registry.generator(name)) for name in names if name]
@@ -177,18 +177,21 @@ class Runner:
             code = [code_hash(reference, entry.folder) for reference in (entry.builder, entry.convert)]
             facts = entry.model_dump(mode="json", exclude={"description", "license", "source_url", "file", "recipe", "weights", "sha256"})
             found.append([kind, name, facts, code, self._further_hashes[kind, name]])
-        return found
+        return found + [["dataset", name, self._dataset(name).fingerprint] for name in wanted.datasets]
+
+    def _dataset(self, name: str) -> Dataset:
+        if name not in self._datasets:
+            self._datasets[name] = load_dataset(name, self.registry)
+        return self._datasets[name]
 
     def _select(self, spec: RunSpec, cls: type[Technique]) -> Dataset:
         assert spec.dataset is not None
-        if spec.dataset not in self._datasets:
-            self._datasets[spec.dataset] = load_dataset(spec.dataset, self.registry)
         limit = spec.limit
         if limit is None and spec.select is None and "dataset" not in cls.needs:
             limit = PICTURES
         choice = (spec.dataset, limit, tuple(spec.select or ()))
         if choice not in self._selected:
-            self._selected[choice] = self._datasets[spec.dataset].select(limit, spec.select)
+            self._selected[choice] = self._dataset(spec.dataset).select(limit, spec.select)
         return self._selected[choice]
 
     # -- running -----------------------------------------------------------------------------------------------------

@@ -121,10 +121,12 @@ class EveryMap:
 
 @dataclass(frozen=True)
 class Further:
-    """Registry names of what a technique needs besides its own model; the generator 'auto' is the one made for that model's codes."""
+    """Registry names of what a technique needs besides its own model and dataset; the generator 'auto' is the one made for
+    that model's codes."""
 
     models: Sequence[str] = ()
     generators: Sequence[str] = ()
+    datasets: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,8 @@ class Technique(BaseModel):
         return ()
 
     def further(self) -> Further:
-        """Models and generators it works with besides the one it examines; `ctx.further_model` and `ctx.generator` load them."""
+        """What it works with besides the model and dataset it is run on; `ctx.further_model`, `ctx.generator` and
+        `ctx.further_dataset` load it."""
         return Further()
 
     def key_params(self) -> dict[str, Any]:

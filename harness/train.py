@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .builders import build_module
-from .context import stable_seed, to_images
-from .datasets import Dataset, load_dataset
+from .context import drawn, stable_seed, to_images
+from .datasets import Dataset, class_names, evenly, load_dataset
 from .device import device_kind, device_settings
 from .errors import ConfigError
 from .models import LoadedModel
 from .paths import sha256_file, writing
 from .record import write_json
-from .registry import ModelEntry, RecipeEntry, Registry
+from .registry import Adversary, ModelEntry, RecipeEntry, Registry
 from .runner import versions
 
 
@@ -30,7 +32,8 @@ def train(
 
     (weights file, card) is given back.
 
-    A network is trained by SGD with momentum and a cosine schedule, cross-entropy and random shifts. Same recipe, versions and
+    A network is trained by SGD with momentum, cross-entropy and random shifts; on the worst pictures within a budget or on noisy ones
+    where the recipe says so. Same recipe, versions and
     device: same bytes.
     """
     from safetensors.torch import save_file
@@ -45,14 +48,25 @@ def train(
         builder=recipe.builder, args=recipe.args, weights=f"random:{recipe.seed}", input=recipe.input, classes=recipe.classes
     )
     entry._where, entry._folder = recipe.where, recipe.folder
-    data, test = load_dataset(recipe.dataset, registry), load_dataset(recipe.test_dataset, registry)
-    if data.labels is None or test.labels is None:
-        raise ConfigError(f"{recipe.where}: recipe {name!r} needs labelled datasets")
+    data, test = _datasets(name, recipe, registry)
     with device_settings(device):
         kind = device_kind(device)
         module = build_module(name, entry).to(kind)
-        losses = _fit(module, recipe, data, kind, report)
-        accuracy = {"train": _accuracy(module, recipe, data, kind), "test": _accuracy(module, recipe, test, kind)}
+        x, y = _pixels(data, recipe, kind)
+        held = _pixels(test, recipe, kind)
+        course: list[dict[str, float]] = []
+        watched = evenly(WATCHED, len(test))
+
+        def after(epoch: int) -> None:
+            few = held[0][watched], held[1][watched]
+            course.append({"epoch": epoch, "clean": _accuracy(module, recipe, *few), "attacked": robust_accuracy(module, recipe, *few)})
+
+        losses = fit(module, recipe, x, y, report, after if recipe.adversary else None)
+        accuracy = {"train": _accuracy(module, recipe, x, y)}
+        x, y = held
+        accuracy["test"] = _accuracy(module, recipe, x, y)
+        if recipe.adversary is not None:
+            accuracy["attacked"] = robust_accuracy(module, recipe, x, y)
     path = folder / f"{name}.safetensors"
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     with writing(path) as temporary:
@@ -64,6 +78,8 @@ def train(
         "test_data": {"name": recipe.test_dataset, "pictures": len(test), "fingerprint": test.fingerprint},
         "accuracy": accuracy,
         "final_loss": losses[-1],
+        "losses": losses,
+        "course": course,
         "parameters": sum(p.numel() for p in module.parameters()),
         "seed": recipe.seed,
         "sha256": sha256_file(path),
@@ -74,38 +90,126 @@ def train(
     return path, card
 
 
-def _pixels(data: Dataset, recipe: RecipeEntry, device: str) -> Tensor:
-    return to_images(data.pictures(recipe.input), torch.device(device))
+def _datasets(name: str, recipe: RecipeEntry, registry: Registry) -> tuple[Dataset, Dataset]:
+    """What is trained on and what is kept apart; of one dataset every fifth picture is."""
+    data = load_dataset(recipe.dataset, registry).select(recipe.limit)
+    if recipe.test_dataset:
+        test = load_dataset(recipe.test_dataset, registry).select(recipe.limit)
+    else:
+        if len(data) < 5:
+            raise ConfigError(f"{recipe.where}: {len(data)} pictures are too few to train on; give at least five")
+        places = np.arange(len(data))
+        data, test = (data.select(indices=places[kept].tolist()) for kept in (places % 5 != 4, places % 5 == 4))
+    classes = class_names(recipe.classes)
+    for found in (data, test):
+        if found.labels is None or found.labels_for(classes or found.classes) is None:
+            raise ConfigError(f"{recipe.where}: recipe {name!r} needs datasets with labels for its classes; {found.name} has none")
+    return data, test
 
 
-def _fit(module: nn.Module, recipe: RecipeEntry, data: Dataset, device: str, report: Callable[[str, int, int], None] | None) -> list[float]:
-    x = _pixels(data, recipe, device)
-    y = torch.from_numpy(data.labels).to(device)
-    mean = torch.tensor(recipe.input.mean, device=device).view(1, -1, 1, 1)
-    std = torch.tensor(recipe.input.std, device=device).view(1, -1, 1, 1)
+def _pixels(data: Dataset, recipe: RecipeEntry, device: str) -> tuple[Tensor, Tensor]:
+    """Pixels (N, C, H, W) in [0, 1] and labels (N,)."""
+    labels = data.labels_for(class_names(recipe.classes) or data.classes)
+    assert labels is not None
+    return to_images(data.pictures(recipe.input), torch.device(device)), torch.from_numpy(labels).to(device)
+
+
+def fit(
+    module: nn.Module,
+    recipe: RecipeEntry,
+    x: Tensor,
+    y: Tensor,
+    report: Callable[[str, int, int], None] | None = None,
+    after: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Train a network on pixels x (N, C, H, W) in [0, 1] and labels y (N,), in place: the mean loss of each epoch.
+
+    `after(epochs done)` is called after each. Random numbers come from the recipe's seed alone.
+    """
+    device = x.device
+    normalise = _normaliser(recipe, device)
     generator = torch.Generator("cpu").manual_seed(stable_seed("recipe", recipe.seed))
     optimiser = torch.optim.SGD(
         module.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0
     )
-    batches = -(-len(x) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs * batches)
+    total = recipe.epochs * -(-len(x) // recipe.batch_size)
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if recipe.schedule == "cosine":
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
+    else:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - abs(2 * (step + 1) / (total + 1) - 1))
     losses = []
     for epoch in range(recipe.epochs):
         module.train()
-        order = torch.randperm(len(x), generator=generator, device="cpu").to(device)
-        total = torch.zeros((), device=device)
+        order = drawn(torch.randperm, len(x), generator, device)
+        summed = torch.zeros((), device=device)
         for rows in torch.split(order, recipe.batch_size):
-            images = _shifted((x[rows] - mean) / std, recipe.shift, generator)
-            loss = F.cross_entropy(module(images), y[rows])
+            images, labels = _shifted(x[rows], recipe.shift, generator), y[rows]
+            if recipe.flip:
+                turned = drawn(torch.rand, (len(images), 1, 1, 1), generator, device) < 0.5
+                images = torch.where(turned, images.flip(3), images)
+            if recipe.noise:  # not clipped: a smoothed network sees it so
+                images = images + recipe.noise * drawn(torch.randn, images.shape, generator, device)
+            if recipe.signs:
+                images = (images + recipe.signs * drawn(torch.randn, images.shape, generator, device).sign()).clamp(0, 1)
+            if recipe.adversary is not None:
+                images = worst(lambda pixels: module(normalise(pixels)), images, labels, recipe.adversary, generator)
+            loss = F.cross_entropy(module(normalise(images)), labels)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
             optimiser.step()
             schedule.step()
-            total += loss.detach() * len(rows)
-        losses.append(float(total) / len(x))
+            summed += loss.detach() * len(rows)
+        losses.append(float(summed) / len(x))
         if report:
             report("epochs", epoch + 1, recipe.epochs)
+        if after:
+            after(epoch + 1)
     return losses
+
+
+def worst(
+    forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, adversary: Adversary, generator: torch.Generator | None = None
+) -> Tensor:
+    """Pictures within eps of `images` and in [0, 1] where the cross-entropy is high: signed gradient steps, projected."""
+    eps = adversary.eps / 255
+    low, high = (images - eps).clamp_min(0), (images + eps).clamp_max(1)
+    x = images
+    if adversary.random_start:
+        random = drawn(torch.rand, images.shape, generator, images.device)
+        x = torch.clamp(images + eps * (2 * random - 1), low, high)
+    for _ in range(adversary.steps):
+        leaf = x.detach().requires_grad_()
+        gradient = torch.autograd.grad(F.cross_entropy(forward(leaf), labels, reduction="sum"), leaf)[0]
+        x = torch.clamp(x + adversary.step_size * eps * gradient.sign(), low, high)
+    return x.detach()
+
+
+WATCHED = 200  # pictures kept apart by which adversarial training is followed epoch by epoch
+JUDGE = {"steps": 20, "step_size": 0.1}  # the attack by which a recipe's result is judged
+
+
+def robust_accuracy(module: nn.Module, recipe: RecipeEntry, x: Tensor, y: Tensor, eps: float | None = None) -> float:
+    """Accuracy (share) under 20 projected gradient steps within the recipe's own budget, or another (255ths)."""
+    if eps is None:
+        assert recipe.adversary is not None
+        eps = recipe.adversary.eps
+    model = LoadedModel(copy.deepcopy(module), recipe.input, device=x.device)
+    attack = Adversary(eps=eps, **JUDGE)
+    generator = torch.Generator("cpu").manual_seed(stable_seed("judge", recipe.seed))
+    right = torch.zeros((), device=x.device)
+    for rows in torch.split(torch.arange(len(x), device=x.device), recipe.batch_size):
+        with torch.enable_grad():
+            found = worst(model, x[rows], y[rows], attack, generator)
+        with torch.no_grad():
+            right += (model(found).argmax(1) == y[rows]).sum()
+    return float(right) / len(x)
+
+
+def _normaliser(recipe: RecipeEntry, device: torch.device) -> Callable[[Tensor], Tensor]:
+    mean = torch.tensor(recipe.input.mean, device=device).view(1, -1, 1, 1)
+    std = torch.tensor(recipe.input.std, device=device).view(1, -1, 1, 1)
+    return lambda pixels: (pixels - mean) / std
 
 
 def _shifted(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
@@ -118,9 +222,10 @@ def _shifted(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     return torch.stack([image[:, dy : dy + height, dx : dx + width] for image, (dy, dx) in zip(wide, shifts, strict=True)])
 
 
-def _accuracy(module: nn.Module, recipe: RecipeEntry, data: Dataset, device: str) -> float:
-    model = LoadedModel(module, recipe.input, device=device)
+def _accuracy(module: nn.Module, recipe: RecipeEntry, x: Tensor, y: Tensor) -> float:
+    model = LoadedModel(copy.deepcopy(module), recipe.input, device=x.device)
+    right = torch.zeros((), device=x.device)
     with torch.no_grad():
-        answers = model(_pixels(data, recipe, device)).argmax(1).cpu()
-    assert data.labels is not None
-    return float((answers == torch.from_numpy(data.labels)).float().mean())
+        for rows in torch.split(torch.arange(len(x), device=x.device), 256):
+            right += (model(x[rows]).argmax(1) == y[rows]).sum()
+    return float(right) / len(x)

@@ -20,10 +20,20 @@ from .main import State
 @click.option("--encoder", default="", help="Of a generator: the model whose layer it inverts.")
 @click.option("--layer", default="", help="Of a generator: the layer.")
 @click.option("--epochs", type=click.IntRange(1, 100_000), help="Passes over the pictures; default the recipe's.")
+@click.option("--limit", type=click.IntRange(5), help="Of a network: train on as many pictures, spread evenly.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.pass_obj
 def command(
-    state: State, recipe: str, output: Path | None, name: str, dataset: str, encoder: str, layer: str, epochs: int | None, device: str
+    state: State,
+    recipe: str,
+    output: Path | None,
+    name: str,
+    dataset: str,
+    encoder: str,
+    layer: str,
+    epochs: int | None,
+    limit: int | None,
+    device: str,
 ) -> None:
     """Train a small network or a generator by a recipe of the registry.
 
@@ -40,9 +50,9 @@ def command(
     generator = recipe in registry.generator_recipes
     if (encoder or layer) and not generator:
         raise ConfigError(f"recipe {recipe!r} trains a network; --encoder and --layer are a generator's")
-    if dataset and not generator:
-        raise ConfigError(f"recipe {recipe!r} names its own labelled data; --dataset is for generators, which need no labels")
-    given = {"dataset": dataset, "encoder": encoder, "layer": layer, "epochs": epochs}
+    if limit and generator:
+        raise ConfigError(f"recipe {recipe!r} trains a generator; --limit is for networks")
+    given = {"dataset": dataset, "encoder": encoder, "layer": layer, "epochs": epochs, "limit": limit}
     changed = {key: value for key, value in given.items() if value}
     if dataset:
         changed["test_dataset"] = ""
@@ -63,7 +73,9 @@ def command(
         )
         click.echo(f"try it: harness -r {path.with_suffix('.yaml')} run -m {card['encoder']['name']} -t deep_generator -p generator={name}")
     else:
-        click.echo(f"{path}: accuracy {card['accuracy']['test']:.3f} on {card['test_data']['name']}, sha256 {card['sha256']}")
+        attacked = f", {card['accuracy']['attacked']:.3f} under attack" if "attacked" in card["accuracy"] else ""
+        where = card["test_data"]["name"] or f"{card['test_data']['pictures']} pictures kept apart"
+        click.echo(f"{path}: accuracy {card['accuracy']['test']:.3f}{attacked} on {where}, sha256 {card['sha256']}")
 
 
 def progress(what: str, done: int, total: int) -> None:

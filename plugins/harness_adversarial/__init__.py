@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from harness import Technique, hookimpl
 
+from .adversarial_training import AdversarialTraining
 from .attack_curve import AttackCurve
+from .certified_radius import CertifiedRadius
+from .confidence import Confidence
+from .decision_slice import DecisionSlice
 from .fooling_image import FoolingImage
+from .minimal_perturbation import MinimalPerturbation
+from .transfer_matrix import TransferMatrix
+from .universal_perturbation import UniversalPerturbation
 
-__all__ = ["AttackCurve", "FoolingImage"]
+__all__ = [
+    "AdversarialTraining",
+    "AttackCurve",
+    "CertifiedRadius",
+    "Confidence",
+    "DecisionSlice",
+    "FoolingImage",
+    "MinimalPerturbation",
+    "TransferMatrix",
+    "UniversalPerturbation",
+]
 
 
 @hookimpl
 def harness_techniques() -> list[type[Technique]]:
-    return [AttackCurve, FoolingImage]
+    return [
+        AdversarialTraining,
+        AttackCurve,
+        CertifiedRadius,
+        Confidence,
+        DecisionSlice,
+        FoolingImage,
+        MinimalPerturbation,
+        TransferMatrix,
+        UniversalPerturbation,
+    ]

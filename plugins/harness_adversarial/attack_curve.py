@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from harness import ConfigError, Curve, Images, Metric, Paper, Param, Result, Table, Technique
+from harness import ConfigError, Curve, Images, Paper, Param, Result, Table, Technique
 from harness.technique import Further
 
 from .attacks import Attack, Norm, attack, in_255ths, project, success
+from .shared import AMPLIFIED, interval, rate, second, tell_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +72,7 @@ class AttackCurve(Technique):
         if not right.any():
             notes.append("the model is wrong on every picture as it is: there is nothing to attack")
         artifacts: list[Any] = []
-        metrics = [self._rate("clean_accuracy", right, "share of untouched pictures that the model gets right")]
+        metrics = [rate("clean_accuracy", right, "share of untouched pictures that the model gets right")]
         rows: list[list[Any]] = []
         norms: tuple[tuple[Norm, tuple[float, ...]], ...] = (
             ("linf", tuple(sorted(e / 255 for e in set(self.eps)))),
@@ -96,7 +97,7 @@ class AttackCurve(Technique):
             about = f"accuracy under the worst of the attacks within the largest budget in {'L-inf' if norm == 'linf' else 'L2'}"
             last = right & ~lost[WORST][-1]
             label = in_255ths(budgets[-1]) if norm == "linf" else f"{budgets[-1]:g}"
-            metrics.append(self._rate(f"attacked_accuracy_{norm}", last, about, f"eps {label}"))
+            metrics.append(rate(f"attacked_accuracy_{norm}", last, about, f"eps {label}"))
             artifacts += self._shown(ctx, pictures, labels, norm)
             if self.checks and right.any():
                 notes += self._warnings(ctx, labels, right, norm, budgets[len(budgets) // 2], lost, len(budgets) // 2)
@@ -170,12 +171,11 @@ class AttackCurve(Technique):
         made = torch.stack([pictures[i] for i in some])
         old = ctx.images[some]
         now = ctx.logits(made).argmax(1).tolist()
-        sheet = torch.stack([old, made, (0.5 + 10 * (made - old)).clamp(0, 1)], 1).flatten(0, 1)
+        sheet = torch.stack([old, made, (0.5 + AMPLIFIED * (made - old)).clamp(0, 1)], 1).flatten(0, 1)
         captions = []
         for k, i in enumerate(some):
-            size = float((made[k] - old[k]).abs().amax())
             label, name = (ctx.model.class_name(int(c)) for c in (labels[i], now[k]))
-            captions += [label, name, f"difference x 10, at most {size * 255:.3g}/255"]
+            captions += [label, name, tell_difference(made[k] - old[k], AMPLIFIED)]
         return [Images(f"fooled_{norm}", sheet, captions=captions, columns=3, exact=made.shape[-1] < 64)]
 
     def _warnings(
@@ -228,21 +228,3 @@ class AttackCurve(Technique):
                     f"warning, {where}: pictures made on {self.surrogate} fool {more} that no attack here does; gradients may be masked"
                 )
         return found
-
-    @staticmethod
-    def _rate(name: str, hits: np.ndarray, about: str, more: str = "") -> Metric:
-        low, high = interval(hits)
-        detail = f"{int(hits.sum())} of {len(hits)}, {low:.3f} to {high:.3f}" + (f", {more}" if more else "")
-        return Metric(name, float(hits.mean()), better="higher", per_image=hits.astype(float).tolist(), about=about, detail=detail)
-
-
-def second(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) the most likely class that is not the label."""
-    return logits.scatter(1, labels[:, None], float("-inf")).argmax(1)
-
-
-def interval(hits: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a share (Wilson)."""
-    from harness_representations.predictions import wilson
-
-    return wilson(int(hits.sum()), len(hits))

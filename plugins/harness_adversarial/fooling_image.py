@@ -7,13 +7,12 @@ import numpy as np
 from harness import ConfigError, Images, Metric, Paper, Param, Result, Table, Technique
 
 from .attacks import Attack, attack, in_255ths, lengths
+from .shared import AMPLIFIED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from harness import Context
-
-AMPLIFIED = 10
 
 
 class FoolingImage(Technique):

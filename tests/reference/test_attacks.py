@@ -15,8 +15,9 @@ from harness.models import LoadedModel
 from harness.registry import InputSpec
 from harness.testing import load_dataset, run_once
 from harness_adversarial import AttackCurve, FoolingImage
-from harness_adversarial.attack_curve import WORST, second
+from harness_adversarial.attack_curve import WORST
 from harness_adversarial.attacks import Attack, attack, direction, in_255ths, lengths, project, starts
+from harness_adversarial.shared import second
 
 
 @pytest.fixture(scope="module")

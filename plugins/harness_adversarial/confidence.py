@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from harness import Curve, Metric, NotApplicable, Paper, Param, Result, Table, Technique
+from harness.technique import Further
+
+from .attacks import Attack, attack, in_255ths
+from .shared import interval
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness import Context, Dataset
+
+SCORES = ("largest probability", "energy", "Mahalanobis", "k-NN")
+SLUGS = ("probability", "energy", "mahalanobis", "knn")
+COVERED = (1.0, 0.9, 0.8, 0.5)
+
+
+class Seen(NamedTuple):
+    """What the model makes of some pictures."""
+
+    logits: np.ndarray  # (N, K) float64
+    features: np.ndarray  # (N, D) float64
+
+
+class Confidence(Technique):
+    """Does the model know when it does not? Calibration and temperature scaling (Guo et al. 2017, arXiv:1706.04599), accuracy of the
+    answers it is surest of (Geifman & El-Yaniv 2017, arXiv:1705.08500), and whether pictures of another kind are told by the largest
+    probability (Hendrycks & Gimpel 2016, arXiv:1610.02136), the energy log sum exp f (Liu et al. 2020, arXiv:2010.03759), the Mahalanobis
+    distance to the nearest class (Lee et al. 2018, arXiv:1807.03888) or that to the k-th neighbour (Sun et al. 2022, arXiv:2204.06507).
+
+    Every other picture fits the temperature, the classes' means and their covariance; the others are judged. Cost: a forward pass a
+    picture, and `steps` of both kinds for adversarial ones.
+    """
+
+    name = "confidence"
+    family = "adversarial"
+    paper = Paper("Guo, Pleiss, Sun, Weinberger", 2017, "On Calibration of Modern Neural Networks", arxiv="1706.04599")
+    needs = frozenset({"dataset", "labels", "classifier"})
+    reading = (
+        "On the diagonal of the first plot the model is right as often as it says. The second: accuracy when only the surest answers "
+        "count. The table: an AUROC of 1 tells strange pictures from the dataset's every time, one half is a guess."
+    )
+    caveats = (
+        "Few pictures make the calibration error look larger than it is; mind its interval. Strange pictures that are easy to tell, "
+        "like noise, say little about those that are not."
+    )
+    audit = {"full": {}}
+
+    bins: int = Param(15, ge=2, le=1000, description="bins of equal width over the confidence")
+    others: tuple[str, ...] = Param(("textures",), description="datasets of another kind, by their names in the registry")
+    noise: bool = Param(True, description="also pictures of uniform noise")
+    eps: float = Param(8.0, ge=0, le=255, description="budget of the adversarial pictures in L-inf, in 255ths; 0: none")
+    steps: int = Param(20, ge=1, le=10_000, description="steps of that attack")
+    neighbours: int = Param(10, ge=1, description="k of the k-NN distance")
+    strange: int = Param(200, ge=1, description="pictures of each other kind at most")
+    resamples: int = Param(500, ge=10, le=100_000, description="bootstrap resamples for the intervals")
+
+    def further(self) -> Further:
+        return Further(datasets=self.others)
+
+    def run(self, ctx: Context) -> Result:
+        if ctx.model.class_count < 2:
+            raise NotApplicable("needs at least two classes")
+        labels = ctx.labels
+        assert labels is not None
+        if len(labels) < 4:
+            raise NotApplicable(f"needs at least four pictures, two to fit and two to judge; there are {len(labels)}")
+        truth = labels.cpu().numpy()
+        seen = looked_at(ctx, ctx.dataset)
+        fit = np.arange(len(truth)) % 2 == 0
+        judged = ~fit
+        temperature, at_bound = fitted_temperature(seen.logits[fit], truth[fit])
+        before, after = softmax(seen.logits[judged]), softmax(seen.logits[judged] / temperature)
+        own = truth[judged]
+        right = before.argmax(1) == own
+        random = np.random.default_rng(ctx.seed)
+        names = ("as it is", f"temperature {temperature:.3g}")
+        errors: list[tuple[float, float, float]] = []
+        rows: list[list[Any]] = []
+        for name, chances in zip(names, (before, after), strict=True):
+            sure = chances.max(1)
+            value = calibration_error(sure, right, self.bins)
+            draws = random.integers(0, len(sure), (self.resamples, len(sure)))
+            spread = np.array([calibration_error(sure[d], right[d], self.bins) for d in draws])
+            # The resamples' error is biased upwards as the sample's own is: their spread about the value is what counts.
+            low, high = (float(np.clip(value + q, 0, 1)) for q in np.quantile(spread - spread.mean(), (0.025, 0.975)))
+            errors.append((value, low, high))
+            loss = float(-np.log(np.maximum(chances[np.arange(len(own)), own], 1e-30)).mean())
+            brier = float(np.square(chances - np.eye(chances.shape[1])[own]).sum(1).mean())
+            rows.append([name, value, low, high, loss, brier, float(sure.mean()), float(right.mean())])
+        columns = ["probabilities", "calibration error", "from", "to", "log loss", "Brier score", "mean confidence", "accuracy"]
+        artifacts: list[Any] = [reliability(before, after, right, self.bins, names), Table("calibration", columns, rows)]
+        curve, area = selective(after.max(1), right)
+        artifacts.append(curve)
+        ood = self._strange(ctx, seen, truth, fit, judged, temperature)
+        metrics = [
+            Metric("accuracy", float(right.mean()), better="higher", per_image=right.astype(float).tolist(),
+                   about="share of the judged pictures that the model gets right", detail="{:.3f} to {:.3f}".format(*interval(right))),
+            Metric("calibration_error", errors[0][0], better="lower", about="expected calibration error (ECE)",
+                   detail=f"{errors[0][1]:.3f} to {errors[0][2]:.3f}, {len(own)} pictures in {self.bins} bins"),
+            Metric("calibration_error_scaled", errors[1][0], better="lower", about="the same after temperature scaling",
+                   detail=f"{errors[1][1]:.3f} to {errors[1][2]:.3f}, temperature {temperature:.3g}"),
+            Metric("selective_risk", area, better="lower", about="area under the curve of error over coverage (AURC)"),
+        ]  # fmt: skip
+        notes = [f"the temperature is fitted on {int(fit.sum())} pictures; {int(judged.sum())} others are judged"]
+        if at_bound:
+            notes.append(f"the temperature is at the end of its range, {temperature:.3g}: it is fitted on pictures that are all right")
+        if not right.any():
+            notes.append("the model is wrong on every picture that is judged")
+        if ood:
+            columns = ["strange pictures", "pictures", *SCORES, "named with at least 90 %"]
+            artifacts.append(Table("strange", columns, ood))
+            for k, score in enumerate(SCORES):
+                about = f"mean AUROC of telling strange pictures from the dataset's by {score}"
+                metrics.append(Metric(f"auroc_{SLUGS[k]}", float(np.mean([row[2 + k] for row in ood])), better="higher", about=about))
+        return Result(artifacts, metrics, notes)
+
+    def _strange(
+        self, ctx: Context, seen: Seen, truth: np.ndarray, fit: np.ndarray, judged: np.ndarray, temperature: float
+    ) -> list[list[Any]]:
+        """A row for each kind of strange picture: how well each score tells them from the judged ones."""
+        from sklearn.metrics import roc_auc_score
+
+        measure = Scores(seen.features[fit], truth[fit], self.neighbours)
+        own = measure(Seen(seen.logits[judged], seen.features[judged]))
+        rows = []
+        for name, found in self._kinds(ctx, np.flatnonzero(judged)):
+            theirs = measure(found)
+            mark = np.r_[np.zeros(len(own[0])), np.ones(len(theirs[0]))]
+            areas = [float(roc_auc_score(mark, -np.r_[a, b])) for a, b in zip(own, theirs, strict=True)]
+            rows.append([name, len(found.logits), *areas, float((softmax(found.logits / temperature).max(1) >= 0.9).mean())])
+        return rows
+
+    def _kinds(self, ctx: Context, judged: np.ndarray) -> list[tuple[str, Seen]]:
+        import torch
+
+        from harness.context import to_images
+
+        kinds: list[tuple[str, Seen]] = []
+        spec = ctx.model.input
+        count = min(self.strange, len(judged))
+        if self.noise:
+            draws = ctx.draws([f"noise {i}" for i in range(count)])
+            pictures = draws.rand((spec.channels, spec.size, spec.size))
+            kinds.append(("uniform noise", look(ctx, pictures)))
+        for name in self.others:
+            other = ctx.further_dataset(name).select(self.strange)
+            kinds.append((name, looked_at(ctx, other)))
+        if self.eps:
+            some = ctx.dataset.select(indices=judged[:count].tolist())
+            assert ctx.labels is not None
+            own = ctx.labels[judged[:count]]
+            images = to_images(some.pictures(spec), ctx.device, ctx.model.dtype)
+            settings = Attack("pgd", "linf", self.steps, 0.1, random_start=True)
+
+            def worse(rows: slice) -> Tensor:
+                return attack(ctx.model, images[rows], own[rows], settings, self.eps / 255, ctx.draws(list(some.ids[rows]))).images
+
+            made = torch.cat(list(ctx.batched(len(images), worse)))
+            kinds.append((f"adversarial, {in_255ths(self.eps / 255)}", look(ctx, made)))
+        return kinds
+
+
+class Scores:
+    """The four scores, high where a picture looks like those it was fitted on."""
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, neighbours: int) -> None:
+        from sklearn.covariance import LedoitWolf
+        from sklearn.neighbors import NearestNeighbors
+
+        self.means = np.stack([features[labels == c].mean(0) for c in np.unique(labels)])
+        place = np.searchsorted(np.unique(labels), labels)
+        centred = features - self.means[place]
+        # Few pictures and many features leave the covariance singular; shrinkage (Ledoit & Wolf 2004) keeps it whole. Where every class
+        # has one picture nothing is left of it, and distances are plain ones.
+        spread = np.square(centred).sum() > 1e-12
+        self.precision = LedoitWolf(assume_centered=True).fit(centred).precision_ if spread else np.eye(features.shape[1])
+        length = np.linalg.norm(features, axis=1, keepdims=True)
+        self.k = min(neighbours, len(features))
+        self.near = NearestNeighbors(n_neighbors=self.k).fit(features / np.maximum(length, 1e-12))
+
+    def __call__(self, seen: Seen) -> tuple[np.ndarray, ...]:
+        from scipy.special import logsumexp
+
+        away = seen.features[:, None] - self.means[None]  # (N, C, D)
+        distance = np.einsum("ncd,de,nce->nc", away, self.precision, away, optimize=True).min(1)
+        length = np.linalg.norm(seen.features, axis=1, keepdims=True)
+        kth = self.near.kneighbors(seen.features / np.maximum(length, 1e-12))[0][:, -1]
+        return softmax(seen.logits).max(1), logsumexp(seen.logits, axis=1), -distance, -kth
+
+
+def look(ctx: Context, images: Tensor) -> Seen:
+    """Logits and what the last linear layer receives."""
+    import torch
+
+    def some(rows: slice) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return ctx.model(images[rows]), ctx.model.embedding(images[rows])
+
+    parts = list(ctx.batched(len(images), some))
+    logits, features = (torch.cat([p[k] for p in parts]).double().cpu().numpy() for k in (0, 1))
+    return Seen(logits, features)
+
+
+def looked_at(ctx: Context, dataset: Dataset) -> Seen:
+    """The same of a whole dataset, which need not fit into memory."""
+    from harness.context import to_images
+
+    parts = [look(ctx, to_images(pixels, ctx.device, ctx.model.dtype)) for _, pixels in dataset.batches(ctx.model.input, ctx.max_batch)]
+    return Seen(np.concatenate([p.logits for p in parts]), np.concatenate([p.features for p in parts]))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    from scipy.special import softmax as soft
+
+    found: np.ndarray = soft(logits, axis=1)
+    return found
+
+
+def calibration_error(sure: np.ndarray, right: np.ndarray, bins: int) -> float:
+    """ECE: sum over bins of the share of pictures in it times |accuracy - mean confidence| (Guo et al. 2017, eq. 3)."""
+    place = np.minimum((sure * bins).astype(int), bins - 1)
+    gap = np.bincount(place, right - sure, bins)
+    return float(np.abs(gap).sum() / len(sure))
+
+
+def fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> tuple[float, bool]:
+    """The temperature of the least log loss, and whether it is at the end of its range of 1/20 to 20."""
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    def loss(log_t: float) -> float:
+        return float(-log_softmax(logits / np.exp(log_t), axis=1)[np.arange(len(labels)), labels].mean())
+
+    end = np.log(20)
+    best = float(minimize_scalar(loss, bounds=(-end, end), method="bounded", options={"xatol": 1e-6}).x)
+    return float(np.exp(best)), bool(abs(best) > end - 0.05)
+
+
+def reliability(before: np.ndarray, after: np.ndarray, right: np.ndarray, bins: int, names: tuple[str, str]) -> Curve:
+    """Accuracy over confidence, bin by bin; bins without a picture are bridged."""
+    middles = (np.arange(bins) + 0.5) / bins
+    lines = {"right as often as said": middles}
+    for name, chances in zip(names, (before, after), strict=True):
+        sure = chances.max(1)
+        place = np.minimum((sure * bins).astype(int), bins - 1)
+        count = np.bincount(place, minlength=bins)
+        full = count > 0
+        share = np.bincount(place, right, bins)[full] / count[full]
+        said = np.bincount(place, sure, bins)[full] / count[full]
+        lines[name] = np.interp(middles, said, share)
+    return Curve("reliability", middles, lines, "confidence", "accuracy", caption="Between bins that hold pictures lines are straight.")
+
+
+def selective(sure: np.ndarray, right: np.ndarray) -> tuple[Curve, float]:
+    """Accuracy of the surest answers over the share of pictures that are answered, and the area under the error."""
+    order = np.argsort(-sure, kind="stable")
+    count = np.arange(1, len(sure) + 1)
+    error = 1 - np.cumsum(right[order]) / count
+    perfect = 1 - np.minimum(right.sum(), count) / count
+    caption = "; ".join(f"{c:.0%} answered: {1 - error[max(0, round(c * len(sure)) - 1)]:.3f}" for c in COVERED)
+    lines = {"the surest first": 1 - error, "in the best order": 1 - perfect}
+    return Curve("selective", count / len(sure), lines, "share answered", "accuracy", caption=caption), float(error.mean())

@@ -1,0 +1,45 @@
+"""Words, numbers and choices that the adversarial techniques have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness import Metric
+
+AMPLIFIED = 10
+
+
+def second(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) the most likely class that is not the label."""
+    return logits.scatter(1, labels[:, None], float("-inf")).argmax(1)
+
+
+def interval(hits: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a share (Wilson)."""
+    from harness_representations.predictions import wilson
+
+    return wilson(int(np.sum(hits)), len(hits))
+
+
+def interval_text(hits: np.ndarray) -> str:
+    low, high = interval(hits)
+    return f"95 % interval {low:.3f} to {high:.3f}"
+
+
+def rate(name: str, hits: np.ndarray, about: str, more: str = "", better: str = "higher") -> Metric:
+    """A share of pictures as a metric, with the count and the interval."""
+    from harness import Metric
+
+    low, high = interval(hits)
+    detail = f"{int(hits.sum())} of {len(hits)}, {low:.3f} to {high:.3f}" + (f", {more}" if more else "")
+    return Metric(name, float(hits.mean()), better=better, per_image=hits.astype(float).tolist(), about=about, detail=detail)  # type: ignore[arg-type]
+
+
+def tell_difference(delta: Tensor, factor: int) -> str:
+    """The caption of an amplified difference: the factor and the largest change."""
+    return f"difference x {factor}, at most {float(delta.abs().max()) * 255:.3g}/255"
