@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from harness.context import Context
+from harness.context import Context, Draws
 from harness.models import LoadedModel, load_model
 from harness.plugins import load_plugins
 from harness.registry import load_registry
@@ -280,7 +280,6 @@ def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     Steps are what a run of 30 takes longer than one of 20, so that what is done once a run does not count.
     """
     from harness import optimise as o
-    from harness.context import Draws
     from harness_synthesis.blocks import blocks
 
     names = blocks(model)
@@ -426,6 +425,74 @@ def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]
     if "torchattacks" in t:
         rows.append(("PGD / torchattacks", t["ours"] / t["torchattacks"], "< 1"))
     return [*rows, ("smoothing / raw forward passes", t["smoothing"] / t["forward"], "<= 1.10")]
+
+
+def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
+    """A step of style transfer (content, five style layers, total variation, L-BFGS) against one forward and backward pass to the
+    deepest layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of the model's size."""
+    from harness import optimise as o
+    from harness_style.gram import targets_of
+    from harness_synthesis.blocks import blocks
+
+    every = blocks(model)
+    last = round(0.75 * (len(every) - 1))
+    layers = list(dict.fromkeys(every[round(i * last / 4)] for i in range(5)))
+    content = every[round(0.4 * (len(every) - 1))]
+    images = pictures(model, 1)
+    with torch.no_grad():
+        features = model.activations(images.flip(2), [content])[content]
+    targets = targets_of(model, images.flip(3), layers)
+    size = features.square().sum()
+
+    def passes(steps: int) -> None:
+        for _ in range(steps):
+            leaf = images.detach().requires_grad_()
+            torch.autograd.grad(model.activations(leaf, [layers[-1]])[layers[-1]].sum(), leaf)
+
+    objective = -o.content_error(content, features) - 15 * o.style_error(targets) - (50 / images[0].numel()) * o.total_variation()
+
+    def ours(steps: int, rule: str) -> None:
+        draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
+        o.ascend(model, objective, images, steps=steps, step_size=0.02, rule=rule, draws=draws, operators=[o.Clamp()])  # type: ignore[arg-type]
+
+    def plain(steps: int) -> None:
+        """As it is commonly written: squared errors of Gram matrices, torch's own L-BFGS, one evaluation a step."""
+        x = images.clone(memory_format=torch.contiguous_format).requires_grad_()
+        optimiser = torch.optim.LBFGS([x], max_iter=1, max_eval=2, history_size=10)
+
+        def loss() -> torch.Tensor:
+            optimiser.zero_grad()
+            found = model.activations(x.clamp(0, 1), [*layers, content])
+            total = (found[content] - features).square().sum() / size
+            for layer in layers:
+                flat = found[layer].flatten(2)
+                made = flat @ flat.transpose(1, 2) / flat.shape[2]
+                total = total + 15 / len(layers) * (made - targets[layer]).square().sum() / targets[layer].square().sum()
+            total = total + 50 / x[0].numel() * (
+                (x[..., 1:] - x[..., :-1]).square().sum() + (x[..., 1:, :] - x[..., :-1, :]).square().sum()
+            )
+            total.backward()
+            return total
+
+        for _ in range(steps):
+            optimiser.step(loss)
+
+    contenders: dict[str, Work] = {}
+    for steps in (5, 15):
+        contenders[f"raw {steps}"] = lambda n=steps: passes(n)  # type: ignore[misc]
+        contenders[f"lbfgs {steps}"] = lambda n=steps: ours(n, "lbfgs")  # type: ignore[misc]
+        contenders[f"adam {steps}"] = lambda n=steps: ours(n, "adam")  # type: ignore[misc]
+        contenders[f"plain {steps}"] = lambda n=steps: plain(n)  # type: ignore[misc]
+    t = turns(contenders, rounds)
+
+    def step(name: str) -> float:
+        return (t[f"{name} 15"] - t[f"{name} 5"]) / 10
+
+    return [
+        ("a step of style transfer, L-BFGS / forward and backward to the deepest layer", step("lbfgs") / step("raw"), "<= 1.25"),
+        ("a step of style transfer, Adam / forward and backward to the deepest layer", step("adam") / step("raw"), "<= 1.25"),
+        ("a step of style transfer / a plain loop with torch's L-BFGS", step("lbfgs") / step("plain"), "< 1"),
+    ]
 
 
 def made_pictures(folder: Path, count: int) -> str:
@@ -574,14 +641,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["squeezenet1_1", "resnet18@random"])
     parser.add_argument("--memory", action="store_true", help="also the peak memory of streaming techniques; takes minutes")
     parser.add_argument(
-        "--only", nargs="*", default=[], help="saliency, gradients, occlusion, perturbation, ascent, adversarial, streaming, rest"
+        "--only", nargs="*", default=[], help="saliency, gradients, occlusion, perturbation, ascent, adversarial, style, streaming, rest"
     )
     options = parser.parse_args()
     registry = load_registry()
     rows: list[tuple[str, str, float, str]] = []
     for name in options.models:
         model = load_model(name, registry)
-        for measure in (saliency, gradients, occlusion, perturbation, ascent, adversarial):
+        for measure in (saliency, gradients, occlusion, perturbation, ascent, adversarial, style):
             if options.only and measure.__name__ not in options.only:
                 continue
             rows += [(name, *row) for row in measure(model, options.rounds)]

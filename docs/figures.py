@@ -14,10 +14,11 @@ from harness.models import LoadedModel, load_model
 from harness.plugins import load_plugins
 from harness.registry import DatasetEntry, Registry, load_registry
 from harness.testing import run_once
-from harness_reports import charts, colour
 from harness_adversarial import AdversarialTraining, DecisionSlice, FoolingImage
+from harness_reports import charts, colour
 from harness_representations import ImageGrid, MaxPatches, TsneMap
 from harness_saliency import BiasProbe, GrabcutSegmentation
+from harness_style import FastStyleTransfer, MultiStyleTransfer, NeuralTexture, StyleTransfer, WeiLevoyTexture
 from harness_synthesis import ChannelVisualization, ClassVisualization, DeepDream, DeepGenerator, FeatureInversion, Multifaceted
 from harness_weights import LinearTemplates
 
@@ -60,7 +61,7 @@ def beside(parts: list[np.ndarray], gap: int = 8) -> np.ndarray:
 
 
 def main() -> None:
-    guides = {"representations": representations, "saliency": saliency, "synthesis": synthesis, "adversarial": adversarial}
+    guides = {"representations": representations, "saliency": saliency, "synthesis": synthesis, "adversarial": adversarial, "style": style}
     registry = load_registry()
     for name in sys.argv[1:] or guides:
         guides[name](registry)
@@ -182,6 +183,37 @@ def adversarial(registry: Registry) -> None:
     drawn = [charts.curve_pixels(curves[n]) for n in ("which_noise", "which_budget", "clean_accuracy", "when_enough")]
     half = [np.asarray(Image.fromarray(d).resize((d.shape[1] // 2, d.shape[0] // 2), Image.Resampling.LANCZOS)) for d in drawn]
     save(np.concatenate([beside(half[:2]), beside(half[2:])]), "four_questions.jpg")
+
+
+def style(registry: Registry) -> None:
+    """Textures with and without a network, styles slow and fast, several styles in one network."""
+    model = load_model("squeezenet1_1", registry)
+    textures, photos = load_dataset("textures", registry), load_dataset("photos", registry)
+
+    def some(data: Dataset, *names: str) -> Dataset:
+        return data.select(indices=[list(data.ids).index(n) for n in names])
+
+    def sheets(technique: Technique, data: Dataset, name: str) -> list[np.ndarray]:
+        found = {a.name: a for a in run_once(technique, model, data).artifacts}
+        return [found[f"{name}-{i + 1}"].data for i in range(len(data))]
+
+    hand = package_pictures("skimage/data", "hand", DatasetEntry(source="package:skimage/data", files=["text.png"], unlabelled=True))
+    tiles = []
+    for data, window in ((some(textures, "brick.png"), 11), (some(textures, "grass.png", "gravel.png"), 9), (hand, 9)):
+        for sheet in sheets(WeiLevoyTexture(window=window, levels=4, sample_size=128), data, "texture"):
+            tiles += [np.asarray(Image.fromarray(colour.picture(p)).resize((p.shape[2] * 2, p.shape[1] * 2), 0)) for p in sheet]
+    save(colour.sheet(tiles, 4, 4), "pixel_textures.jpg")
+    rows = sheets(NeuralTexture(depths=4), some(textures, "brick.png", "gravel.png"), "texture")
+    save(colour.sheet([colour.picture(p) for sheet in rows for p in sheet], 5, 4), "network_textures.jpg")
+    three = some(photos, "chelsea.png", "coffee.png", "rocket.jpg")
+    columns = [sheets(StyleTransfer(style=(f"textures:{n}.png",), size=256), three, "transfer") for n in ("ihc", "brick")]
+    pictures = [p for one, two in zip(*columns, strict=True) for p in (one[0], one[-1], two[-1])]
+    save(colour.sheet([colour.picture(p) for p in pictures], 3, 4), "transferred.jpg")
+    fast = sheets(FastStyleTransfer(steps=100), some(photos, "chelsea.png", "astronaut.png", "camera.png"), "transfer")
+    save(colour.sheet([colour.picture(p) for sheet in fast for p in (sheet[0], sheet[2], sheet[3])], 3, 4), "fast.jpg")
+    several = MultiStyleTransfer(size=200)
+    four, between = (sheets(several, some(photos, "chelsea.png"), n)[0] for n in ("styles", "between"))
+    save(colour.sheet([colour.picture(p) for p in (*four, *between)], 5, 4), "four_styles.jpg")
 
 
 if __name__ == "__main__":

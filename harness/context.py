@@ -16,12 +16,14 @@ from .technique import TargetSpec, Used
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     from .artifacts import Artifact
     from .datasets import Dataset
     from .generators import LoadedGenerator
     from .models import LoadedModel
-    from .registry import Registry
+    from .registry import Registry, StylerRecipe
+    from .stylers import LoadedStyler
 
 T = TypeVar("T")
 
@@ -192,6 +194,30 @@ class Context:
         if self._registry is None:
             raise HarnessError(f"dataset {name!r}: this context was made without a registry")
         return load_dataset(name, self._registry)
+
+    def named_picture(self, name: str) -> Image.Image:
+        """A picture named as DATASET:ID or by its path, mode L or RGB; `further()` must name the dataset or the file."""
+        from .datasets import named_picture
+
+        if self._registry is None:
+            raise HarnessError(f"picture {name!r}: this context was made without a registry")
+        return named_picture(name, self._registry)
+
+    def styler(self, name: str) -> LoadedStyler:
+        """A network that makes pictures in styles, which the technique names in `further()`."""
+        from .stylers import load_styler
+
+        return cast("LoadedStyler", self._loaded("styler", name, lambda registry: load_styler(name, registry, self.device)))
+
+    @property
+    def registry(self) -> Registry:
+        if self._registry is None:
+            raise HarnessError("this context was made without a registry")
+        return self._registry
+
+    def styler_recipe(self, name: str) -> StylerRecipe | None:
+        """The recipe that a styler names, if it is in the registry."""
+        return self.registry.styler_recipes.get(self.registry.styler(name).recipe)
 
     def _loaded(self, kind: str, name: str, load: Callable[[Registry], Any]) -> Any:
         if self._registry is None:

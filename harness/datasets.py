@@ -372,6 +372,37 @@ def torchvision_dataset(rest: str, name: str, entry: DatasetEntry) -> Dataset:
     )
 
 
+def picture_place(name: str) -> tuple[str, str] | None:
+    """(dataset, id) of a picture named 'DATASET:ID'; None where the name is a path. A drive's letter is no dataset."""
+    dataset, colon, rest = name.partition(":")
+    return (dataset, rest) if colon and len(dataset) > 1 and "/" not in dataset else None
+
+
+def named_picture(name: str, registry: Registry, folder: Path | None = None) -> Image.Image:
+    """A picture named as DATASET:ID or by a path, which starts in `folder`; mode L or RGB."""
+    place = picture_place(name)
+    if place is None:
+        path = Path(name).expanduser()
+        path = path if path.is_absolute() or folder is None else folder / path
+        if not path.is_file():
+            raise DataError(f"there is no picture {str(path)!r}; name one of a dataset as DATASET:ID, or the path of a file")
+        return open_picture(path)
+    data = load_dataset(place[0], registry)
+    if place[1] not in data.ids:
+        raise DataError(f"dataset {place[0]!r} has no picture {place[1]!r}{did_you_mean(place[1], data.ids)}")
+    return data.get(list(data.ids).index(place[1]))
+
+
+def at_size(picture: Image.Image, size: int, channels: int) -> np.ndarray:
+    """uint8 (H, W, channels) of a whole picture, its longer side `size` pixels; 0: as it is."""
+    if size and max(picture.size) != size:
+        scale = size / max(picture.size)
+        width, height = (max(1, round(n * scale)) for n in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
 def class_names(classes: str | Sequence[str]) -> tuple[str, ...]:
     """Names of a known set (`imagenet`, `cifar10`, `digits`), or the names given."""
     if not isinstance(classes, str):

@@ -168,12 +168,46 @@ class GeneratorRecipe(_Entry):
     seed: int = 0
 
 
+class StylerEntry(ModelEntry):
+    """A network that makes pictures in styles; `styles` names them, in the order of its rows."""
+
+    styles: list[str]
+
+
+class StylerRecipe(_Entry):
+    """How such a network is trained: the losses of style transfer, on the network's pictures (Johnson et al. 2016)."""
+
+    encoder: str
+    content_layer: str
+    style_layers: list[str]
+    styles: list[str]  # pictures, as DATASET:ID or the paths of files
+    style_names: list[str] = []
+    dataset: str
+    steps: Positive
+    batch_size: Positive = 4
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    crop: Annotated[int, Field(ge=32)] = 256
+    style_size: Annotated[int, Field(ge=32)] = 256
+    content_weight: Annotated[float, Field(ge=0)] = 1.0
+    style_weight: Annotated[float, Field(ge=0)] = 30.0
+    tv_weight: Annotated[float, Field(ge=0)] = 0.3
+    width: Positive = 32
+    blocks: Positive = 5
+    norm: Literal["instance", "batch"] = "instance"
+    base: str = ""  # a styler that learns further styles: their rows of its norms alone
+    seed: int = 0
+
+
+AnyRecipe = RecipeEntry | GeneratorRecipe | StylerRecipe
+
 SECTIONS: dict[str, type[_Entry]] = {
     "models": ModelEntry,
     "generators": GeneratorEntry,
     "datasets": DatasetEntry,
     "recipes": RecipeEntry,
     "generator_recipes": GeneratorRecipe,
+    "stylers": StylerEntry,
+    "styler_recipes": StylerRecipe,
 }
 
 
@@ -186,6 +220,8 @@ class Registry:
     recipes: Mapping[str, RecipeEntry] = field(default_factory=dict)
     generators: Mapping[str, GeneratorEntry] = field(default_factory=dict)
     generator_recipes: Mapping[str, GeneratorRecipe] = field(default_factory=dict)
+    stylers: Mapping[str, StylerEntry] = field(default_factory=dict)
+    styler_recipes: Mapping[str, StylerRecipe] = field(default_factory=dict)
     files: Sequence[Path] = ()
 
     def model(self, name: str) -> ModelEntry:
@@ -216,21 +252,27 @@ class Registry:
             return entry
         raise unknown("dataset", name, self.datasets, "`harness datasets`, a path with a '/' names a folder;")
 
-    def recipe(self, name: str) -> RecipeEntry | GeneratorRecipe:
-        known: dict[str, RecipeEntry | GeneratorRecipe] = {**self.recipes, **self.generator_recipes}
+    def recipe(self, name: str) -> AnyRecipe:
+        known: dict[str, AnyRecipe] = {**self.recipes, **self.generator_recipes, **self.styler_recipes}
         if name not in known:
             raise unknown("recipe", name, known)
         return known[name]
 
-    def with_recipe(self, name: str, recipe: RecipeEntry | GeneratorRecipe, changed: Mapping[str, Any]) -> Registry:
+    def with_recipe(self, name: str, recipe: AnyRecipe, changed: Mapping[str, Any]) -> Registry:
         """The registry with a recipe added under `name`, some of its values changed."""
         new = recipe.model_copy(update=dict(changed))
         new._where, new._folder = recipe.where, recipe.folder
-        if isinstance(new, GeneratorRecipe):
-            others = {key: value for key, value in self.recipes.items() if key != name}
-            return replace(self, recipes=others, generator_recipes={**self.generator_recipes, name: new})
-        generators = {key: value for key, value in self.generator_recipes.items() if key != name}
-        return replace(self, recipes={**self.recipes, name: new}, generator_recipes=generators)
+        sections = {"recipes": RecipeEntry, "generator_recipes": GeneratorRecipe, "styler_recipes": StylerRecipe}
+        update: dict[str, Any] = {}
+        for section, kind in sections.items():
+            others = {key: value for key, value in getattr(self, section).items() if key != name}
+            update[section] = {**others, name: new} if isinstance(new, kind) else others
+        return replace(self, **update)
+
+    def styler(self, name: str) -> StylerEntry:
+        if name not in self.stylers:
+            raise unknown("styler", name, self.stylers)
+        return self.stylers[name]
 
     def generator(self, name: str) -> GeneratorEntry:
         if name not in self.generators:

@@ -170,14 +170,20 @@ class Runner:
         names = [self.registry.generator_for(model) if name == "auto" else name for name in wanted.generators]
         generators = [("generator", name, self.registry.generator(name)) for name in names if name]
         models = [("model", name, self.registry.model(name)) for name in (*wanted.models, *(e.encoder for _, _, e in generators))]
+        stylers = [("styler", name, self.registry.styler(name)) for name in wanted.stylers]
         found: list[list[Any]] = []
-        for kind, name, entry in (*generators, *models):
+        for kind, name, entry in (*generators, *stylers, *models):
             if (kind, name) not in self._further_hashes:
                 self._further_hashes[kind, name] = weights_hash(name, entry)
             code = [code_hash(reference, entry.folder) for reference in (entry.builder, entry.convert)]
             facts = entry.model_dump(mode="json", exclude={"description", "license", "source_url", "file", "recipe", "weights", "sha256"})
             found.append([kind, name, facts, code, self._further_hashes[kind, name]])
-        return found + [["dataset", name, self._dataset(name).fingerprint] for name in wanted.datasets]
+        found += [["dataset", name, self._dataset(name).fingerprint] for name in wanted.datasets]
+        for path in wanted.files:
+            if not Path(path).is_file():
+                raise ConfigError(f"{technique.name}: there is no file {path!r}")
+            found.append(["file", sha256_file(Path(path))])
+        return found
 
     def _dataset(self, name: str) -> Dataset:
         if name not in self._datasets:

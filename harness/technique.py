@@ -10,9 +10,9 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError, did_you_mean
 
@@ -126,7 +126,9 @@ class Further:
 
     models: Sequence[str] = ()
     generators: Sequence[str] = ()
+    stylers: Sequence[str] = ()
     datasets: Sequence[str] = ()
+    files: Sequence[str] = ()  # paths, whose contents then belong to the run's key
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,15 @@ class Technique(BaseModel):
     # Parameters of its run in an audit of that profile; without an entry it is not part of the profile.
     audit: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     draft: ClassVar[Mapping[str, Any]] = {}  # cheaper parameters, for others that compute it many times
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_enough(cls, given: Any) -> Any:
+        """A single value where a list of any length is wanted: `style=painting.png`."""
+        if not isinstance(given, Mapping):
+            return given
+        lists = {n for n, f in cls.model_fields.items() if get_origin(f.annotation) is tuple and get_args(f.annotation)[-1:] == (Ellipsis,)}
+        return {k: (v,) if k in lists and isinstance(v, str | int | float) else v for k, v in given.items()}
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

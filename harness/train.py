@@ -42,6 +42,10 @@ def train(
         from .train_generator import train_generator
 
         return train_generator(name, registry.generator_recipes[name], registry, folder, device, report)
+    if name in registry.styler_recipes:
+        from .train_styler import train_styler
+
+        return train_styler(name, registry.styler_recipes[name], registry, folder, device, report)
     recipe = registry.recipe(name)
     assert isinstance(recipe, RecipeEntry)
     entry = ModelEntry(

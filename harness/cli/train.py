@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,6 +22,9 @@ from .main import State
 @click.option("--layer", default="", help="Of a generator: the layer.")
 @click.option("--epochs", type=click.IntRange(1, 100_000), help="Passes over the pictures; default the recipe's.")
 @click.option("--limit", type=click.IntRange(5), help="Of a network: train on as many pictures, spread evenly.")
+@click.option("--style", multiple=True, help="Of a styler: a picture, as DATASET:ID or a path; several make one network of several styles.")
+@click.option("--base", default="", help="Of a styler: one that is to learn these styles besides its own.")
+@click.option("--steps", type=click.IntRange(1, 10_000_000), help="Of a styler: training steps; default the recipe's.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.pass_obj
 def command(
@@ -33,13 +37,17 @@ def command(
     layer: str,
     epochs: int | None,
     limit: int | None,
+    style: tuple[str, ...],
+    base: str,
+    steps: int | None,
     device: str,
 ) -> None:
-    """Train a small network or a generator by a recipe of the registry.
+    """Train a small network, a generator or a network of styles by a recipe of the registry.
 
     \b
     harness train digits_cnn
     harness train generator -d my/pictures --encoder squeezenet1_1 --layer features.12 -o my
+    harness train ihc_style -d my/pictures --style my/painting.jpg -n painting -o my
     """
     from ..errors import ConfigError
     from ..paths import cache_folder
@@ -47,17 +55,24 @@ def command(
 
     registry = state.registry()
     found = registry.recipe(recipe)
-    generator = recipe in registry.generator_recipes
-    if (encoder or layer) and not generator:
-        raise ConfigError(f"recipe {recipe!r} trains a network; --encoder and --layer are a generator's")
-    if limit and generator:
-        raise ConfigError(f"recipe {recipe!r} trains a generator; --limit is for networks")
-    given = {"dataset": dataset, "encoder": encoder, "layer": layer, "epochs": epochs, "limit": limit}
+    kind = "generator" if recipe in registry.generator_recipes else "styler" if recipe in registry.styler_recipes else "network"
+    given: dict[str, Any] = {"dataset": dataset, "encoder": encoder, "layer": layer, "epochs": epochs, "limit": limit}
+    given |= {"style": style, "base": base, "steps": steps}
+    takes = {
+        "network": {"dataset", "epochs", "limit"},
+        "generator": {"dataset", "encoder", "layer", "epochs"},
+        "styler": {"dataset", "encoder", "style", "base", "steps"},
+    }
+    for key, value in given.items():
+        if value and key not in takes[kind]:
+            raise ConfigError(f"recipe {recipe!r} trains a {kind}, which has no --{key}; it takes --{', --'.join(sorted(takes[kind]))}")
     changed = {key: value for key, value in given.items() if value}
-    if dataset:
+    if dataset and kind != "styler":
         changed["test_dataset"] = ""
-    if (encoder or layer) and generator:
+    if (encoder or layer) and kind == "generator":
         changed["compare"] = ""
+    if style:
+        changed["styles"], changed["style_names"] = [absolute(s) for s in changed.pop("style")], []
     name = name or recipe
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: a name has letters, digits, '_', '.' and '-'")
@@ -65,17 +80,31 @@ def command(
     from ..train import train
 
     path, card = train(name, registry, output or cache_folder("weights"), device, report=progress)
-    if generator:
+    if kind == "generator":
         test = card["test"]
         click.echo(
             f"{path}: PSNR {test['psnr']:.1f} dB on {card['test_data']['pictures']} pictures kept apart, {test['same_answer']:.0%} of them "
             f"named alike, sha256 {card['sha256']}"
         )
         click.echo(f"try it: harness -r {path.with_suffix('.yaml')} run -m {card['encoder']['name']} -t deep_generator -p generator={name}")
+    elif kind == "styler":
+        lost = {k: v[-1] for k, v in card["losses"].items()}
+        click.echo(f"{path}: content error {lost['content']:.3f}, style error {lost['style']:.3f} at the end, sha256 {card['sha256']}")
+        technique = "multi_style_transfer" if len(card["styles"]) > 1 else "fast_style_transfer"
+        click.echo(
+            f"try it: harness -r {path.with_suffix('.yaml')} run -m {card['encoder']['name']} -d photos -t {technique} -p styler={name}"
+        )
     else:
         attacked = f", {card['accuracy']['attacked']:.3f} under attack" if "attacked" in card["accuracy"] else ""
         where = card["test_data"]["name"] or f"{card['test_data']['pictures']} pictures kept apart"
         click.echo(f"{path}: accuracy {card['accuracy']['test']:.3f}{attacked} on {where}, sha256 {card['sha256']}")
+
+
+def absolute(style: str) -> str:
+    """A path of the command line starts where that was given, not at the recipe's file."""
+    from ..datasets import picture_place
+
+    return style if picture_place(style) else str(Path(style).expanduser().absolute())
 
 
 def progress(what: str, done: int, total: int) -> None:

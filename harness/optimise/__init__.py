@@ -36,6 +36,7 @@ from .objectives import (
 from .operators import Blur, Clamp, ClipSmallContribution, ClipSmallNorm, Decay, Denoise, Operator, gaussian_blur
 from .parametrisations import DeepPrior, Fourier, Parametrisation, Pixels
 from .rules import LBFGS, Adam, Constant, LineSearch, MeanAbs, Momentum, Normalised, Progress, Rule, Scaled
+from .style import content_error, gram, style_error
 from .transforms import Crop, Focus, Jitter, Pad, Rotate, Scale, Transform
 
 __all__ = [
@@ -79,13 +80,16 @@ __all__ = [
     "ascend",
     "channel",
     "class_score",
+    "content_error",
     "evaluate",
     "feature_error",
     "gaussian_blur",
+    "gram",
     "guide_match",
     "join",
     "layer_norm",
     "squared_norm",
     "stepped",
+    "style_error",
     "total_variation",
 ]

@@ -106,6 +106,7 @@ def attack(
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     left = torch.arange(len(x), device=x.device)
     origin, wanted = images, classes
+    low, high = ((images - eps).clamp_min_(0), (images + eps).clamp_max_(1)) if settings.norm == "linf" else (None, None)
     with full_precision(images):  # the signs of tiny gradients count
         for step in range(settings.steps):
             with torch.enable_grad():
@@ -118,9 +119,17 @@ def attack(
                     result[left[hit]], done[left[hit]] = x[hit], True
                     keep = ~hit
                     left, x, origin, wanted, gradient = left[keep], x[keep], origin[keep], wanted[keep], gradient[keep]
+                    if low is not None and high is not None:
+                        low, high = low[keep], high[keep]
                     if not len(left):
                         return Attacked(result, done)
-            x = project(x + sign * settings.step * eps * direction(gradient, settings.norm), origin, eps, settings.norm)
+            if low is not None:  # the same in fewer passes over memory
+                assert high is not None
+                x = x.add(gradient.sign_(), alpha=sign * settings.step * eps)
+                torch.maximum(x, low, out=x)
+                torch.minimum(x, high, out=x)
+            else:
+                x = project(x + sign * settings.step * eps * direction(gradient, settings.norm), origin, eps, settings.norm)
             if progress is not None:
                 progress(step + 1, settings.steps)
     result[left] = x

@@ -41,7 +41,7 @@ class MinimalPerturbation(Technique):
         "Upper bounds: a smaller change may exist that these searches do not find. Pixels are not rounded to whole 255ths; the smallest "
         "changes vanish when a picture is saved with eight bits."
     )
-    audit = {"standard": {"methods": ("deepfool",)}, "full": {}}
+    audit = {"full": {"methods": ("deepfool",)}}
 
     methods: tuple[Method, ...] = Param(("deepfool", "deepfool_linf", "lbfgs"), min_length=1, description="searches that are made")
     target: str | int = Param("", description="the class that L-BFGS aims at; none: the second most likely, for each picture")

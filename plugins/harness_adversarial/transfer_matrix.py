@@ -50,7 +50,7 @@ class TransferMatrix(Technique):
         if self.eps > 255:
             raise ConfigError(f"transfer_matrix.eps: {self.eps:g} is more than 255 255ths, the whole range of a pixel")
         if not self.models:
-            raise NotApplicable("needs further models to try the changes on; name them with -p models=NAME,NAME")
+            raise NotApplicable("needs further models to try the changes on; name them with -p 'models=[NAME, NAME]'")
         models = {ctx.model.name: ctx.model, **{name: ctx.further_model(name) for name in self.models}}
         for name, model in models.items():
             if model.classes != ctx.model.classes or model.class_count != ctx.model.class_count:

@@ -32,6 +32,12 @@ SMALL = {
     "minimal_perturbation": {"steps": 4, "rounds": 2, "deepfool_steps": 5},
     "transfer_matrix": {"models": ["digits_linear"], "steps": 2},
     "universal_perturbation": {"passes": 2},
+    "fast_style_transfer": {"size": 32, "steps": 2},
+    "multi_style_transfer": {"size": 32, "stages": 2},
+    "neural_texture": {"size": 32, "steps": 3, "coarse": 0, "depths": 2},
+    "style_transfer": {"size": 32, "steps": 3, "coarse": 0},
+    "super_resolution": {"steps": 2, "crop": 16, "size": 32, "batch": 2, "width": 4},
+    "wei_levoy_texture": {"sample_size": 16, "size": 10, "window": 3, "levels": 2},
     "tsne_map": {"iterations": 250, "seeds": 1, "perplexity": [3]},
     "rise": {"masks": 60},
     "lime": {"samples": 60},
@@ -40,8 +46,13 @@ SMALL = {
     "sanity_checks": {"techniques": ["saliency", "guided_backprop"], "stages": 2},
     "bias_probe": {"techniques": ["saliency", "guided_backprop"]},
 }
-MODELS = {"linear_templates": ["digits_linear"], "bias_probe": ["snow_cnn"]}
-DATASETS = {"bias_probe": "snow_test"}
+MODELS = {
+    "linear_templates": ["digits_linear"],
+    "bias_probe": ["snow_cnn"],
+    "fast_style_transfer": ["snow_cnn"],  # stylers are trained on colour pictures
+    "multi_style_transfer": ["snow_cnn"],
+}
+DATASETS = {"bias_probe": "snow_test", "fast_style_transfer": "snow_test", "multi_style_transfer": "snow_test"}
 ROOT = Path(__file__).parents[2]
 
 

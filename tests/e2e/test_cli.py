@@ -443,8 +443,9 @@ def test_a_generator_of_ones_own_pictures(cli, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "digits_cnn", "--layer", "features.1"], "--encoder and --layer are a generator's"),
-        (["train", "digits_cnn", "-d", "digits"], "--dataset is for generators"),
+        (["train", "digits_cnn", "--layer", "features.1"], "trains a network, which has no --layer"),
+        (["train", "digits_cnn", "-d", "photos"], "needs datasets with labels for its classes"),
+        (["train", "generator", "--style", "a.png"], "trains a generator, which has no --style"),
         (["train", "generator", "-d", "nowhere/"], "no such folder"),
         (["train", "generator", "--encoder", "squeezenet"], "no model 'squeezenet'"),
         (["train", "digits_cnn_code", "--layer", "classifier.9"], "no layer 'classifier.9'"),
@@ -456,3 +457,63 @@ def test_a_generator_of_ones_own_pictures(cli, tmp_path):
 )
 def test_what_cannot_be_trained_or_used(cli, words, message):
     assert message in cli(*words, code=2)[1]
+
+
+def test_a_network_is_trained_on_a_folder_of_ones_own(cli, tmp_path):
+    """Labelled by its subfolders, every fifth picture kept apart; what a recipe does not take is told."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    for i in range(200):
+        folder = tmp_path / "pets" / str(found.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((found.images[i] * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
+    out, _ = cli("train", "digits_linear", "-d", "./pets", "--limit", 100, "--epochs", 2, "-n", "mine", "-o", "made", "--device", "cpu")
+    card = json.loads((tmp_path / "made" / "mine.json").read_text())
+    assert card["data"]["pictures"] == 80
+    assert card["test_data"]["pictures"] == 20
+    assert "20 pictures kept apart" in out
+    out, _ = cli("train", "digits_cnn_fgsm", "-d", "./pets", "--epochs", 1, "-n", "robust", "-o", "made", "--device", "cpu")
+    assert "under attack" in out
+    assert len(json.loads((tmp_path / "made" / "robust.json").read_text())["course"]) == 1
+    assert "has no --layer; it takes --dataset, --epochs, --limit" in cli("train", "digits_linear", "--layer", "x", code=2)[1]
+
+
+def test_a_style_of_ones_own(cli, tmp_path):
+    """A network is trained for a picture, takes up a further style, and is used; the picture's content belongs to the run's key."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)).save(tmp_path / "painting.png")
+    (tmp_path / "r.yaml").write_text(
+        "styler_recipes:\n  tiny: {encoder: snow_cnn, content_layer: features.4, style_layers: [features.1, features.4], dataset: photos, "
+        "styles: ['textures:ihc.png'], steps: 3, batch_size: 1, crop: 32, style_size: 48, width: 4, blocks: 1}\n"
+    )
+    words = ["-r", "r.yaml", "train", "tiny", "--style", "painting.png", "-n", "mine", "-o", "made", "--device", "cpu"]
+    out, _ = cli(*words)
+    assert "harness -r made/mine.yaml run -m snow_cnn" in out
+    run = ["-r", "r.yaml", "-r", "made/mine.yaml", "run", "-m", "snow_cnn", "-d", "photos", "--limit", 1, "-p", "styler=mine"]
+    cli(*run, "-t", "fast_style_transfer", "-p", "size=48")
+    assert "no styler 'mime'; did you mean 'mine'" in cli(*run[:-1], "styler=mime", "-t", "fast_style_transfer", code=2)[1]
+    cli("-r", "r.yaml", "-r", "made/mine.yaml", "train", "tiny", "--base", "mine", "-n", "two", "-o", "made", "--device", "cpu")
+    assert json.loads((tmp_path / "made" / "two.json").read_text())["styles"] == ["painting", "ihc"]
+    assert "there is no picture" in cli("-r", "r.yaml", "train", "tiny", "--style", "none.png", "-o", "made", code=2)[1]
+    slow = [
+        "run",
+        "-m",
+        "snow_cnn",
+        "-d",
+        "photos",
+        "--limit",
+        1,
+        "-t",
+        "style_transfer",
+        "-p",
+        "size=48",
+        "-p",
+        "steps=2",
+        "-p",
+        "coarse=0",
+    ]
+    cli(*slow, "-p", "style=painting.png")
+    assert "reused" in cli(*slow, "-p", "style=painting.png")[1]
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "painting.png")
+    assert "reused" not in cli(*slow, "-p", "style=painting.png")[1]
+    assert "there is no file 'none.png'" in cli(*slow, "-p", "style=none.png", code=2)[1]

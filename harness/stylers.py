@@ -1,0 +1,156 @@
+"""Networks that turn a picture into another in one pass: into a style (Johnson et al. 2016), into one of several styles (Dumoulin et
+al. 2017), or into one of four times the size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .builders import build_module
+
+if TYPE_CHECKING:
+    from .registry import Registry, StylerEntry
+
+Norm = Literal["instance", "batch"]
+
+
+class ConditionalInstanceNorm(nn.Module):
+    """z = gamma_s (x - mu) / sigma + beta_s with mean and deviation of each picture's channel, and a row of gamma and beta a style
+    (Dumoulin et al. 2017, arXiv:1610.07629, eq. 5). With one style, instance norm (Ulyanov et al. 2016, arXiv:1607.08022)."""
+
+    def __init__(self, channels: int, styles: int = 1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.ones(styles, channels))
+        self.beta = nn.Parameter(torch.zeros(styles, channels))
+
+    def forward(self, x: Tensor, mix: Tensor) -> Tensor:
+        """x (N, C, H, W), mix (N, styles) weights of the styles' rows."""
+        gamma, beta = (mix @ self.gamma)[:, :, None, None], (mix @ self.beta)[:, :, None, None]
+        return gamma * F.instance_norm(x, eps=self.eps) + beta
+
+
+class _Layer(nn.Module):
+    """Reflected padding, a convolution, a norm."""
+
+    def __init__(self, into: int, out: int, kernel: int, stride: int, norm: Norm, styles: int) -> None:
+        super().__init__()
+        self.pad = kernel // 2
+        self.conv = nn.Conv2d(into, out, kernel, stride)
+        self.norm = nn.BatchNorm2d(out) if norm == "batch" else ConditionalInstanceNorm(out, styles)
+
+    def forward(self, x: Tensor, mix: Tensor) -> Tensor:
+        x = self.conv(F.pad(x, (self.pad,) * 4, mode="reflect"))
+        found: Tensor = self.norm(x) if isinstance(self.norm, nn.BatchNorm2d) else self.norm(x, mix)
+        return found
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int, norm: Norm, styles: int) -> None:
+        super().__init__()
+        self.first, self.second = (_Layer(width, width, 3, 1, norm, styles) for _ in range(2))
+
+    def forward(self, x: Tensor, mix: Tensor) -> Tensor:
+        found: Tensor = x + self.second(F.relu(self.first(x, mix)), mix)
+        return found
+
+
+class TransformNet(nn.Module):
+    """c9s1-32, d64, d128, R128 x 5, u64, u32, c9s1-3 (Johnson et al. 2016, arXiv:1603.08155, supplement) with reflected padding and
+    enlargement by repetition in place of strided transposed convolutions; 1,679,235 parameters with one style.
+
+    Pictures (N, channels, H, W) in [0, 1] of any size from 16 up -> the same shape, in [0, 1].
+    """
+
+    def __init__(self, channels: int = 3, width: int = 32, blocks: int = 5, styles: int = 1, norm: Norm = "instance") -> None:
+        super().__init__()
+        self.styles = styles
+        self.down = nn.ModuleList(
+            _Layer(into, out, kernel, stride, norm, styles)
+            for into, out, kernel, stride in ((channels, width, 9, 1), (width, 2 * width, 3, 2), (2 * width, 4 * width, 3, 2))
+        )
+        self.residual = nn.ModuleList(_Residual(4 * width, norm, styles) for _ in range(blocks))
+        self.up = nn.ModuleList(_Layer(into, out, 3, 1, norm, styles) for into, out in ((4 * width, 2 * width), (2 * width, width)))
+        self.out = nn.Conv2d(width, channels, 9)
+
+    def forward(self, x: Tensor, mix: Tensor | None = None) -> Tensor:
+        height, width = x.shape[2:]
+        if mix is None:
+            mix = F.one_hot(torch.zeros(len(x), dtype=torch.int64, device=x.device), self.styles).to(x.dtype)
+        # Halved twice and doubled twice: sides that are no multiple of four are filled up and cut off again.
+        x = F.pad(x, (0, -width % 4, 0, -height % 4), mode="replicate")
+        x = 4 * (x - 0.5)  # of about the deviation that the first weights expect
+        for layer in self.down:
+            x = F.relu(layer(x, mix))
+        for block in self.residual:
+            x = block(x, mix)
+        for layer in self.up:
+            x = F.relu(layer(F.interpolate(x, scale_factor=2.0), mix))
+        x = self.out(F.pad(x, (4,) * 4, mode="reflect"))
+        return torch.sigmoid(x)[..., :height, :width]
+
+    def row(self, style: int) -> list[Tensor]:
+        """Views of gamma and beta of one style, all there is of it in the network."""
+        norms = [m for m in self.modules() if isinstance(m, ConditionalInstanceNorm)]
+        return [table.data[style] for m in norms for table in (m.gamma, m.beta)]
+
+
+class SuperResolutionNet(nn.Module):
+    """Residual blocks at the small size, then two doublings, added to the bicubic enlargement; after Johnson et al. 2016 without norms,
+    so that each pixel depends on its surroundings alone and large pictures can be worked on in tiles.
+
+    Pictures (N, channels, H, W) in [0, 1] -> (N, channels, 4 H, 4 W), not clipped.
+    """
+
+    def __init__(self, channels: int = 3, width: int = 32, blocks: int = 4) -> None:
+        super().__init__()
+        self.read = nn.Conv2d(channels, width, 5, padding=2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)) for _ in range(blocks)
+        )
+        self.up = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.out = nn.Conv2d(width, channels, 5, padding=2)
+        nn.init.zeros_(self.out.weight)  # begins as the bicubic enlargement
+        assert self.out.bias is not None
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = F.interpolate(x, scale_factor=4.0, mode="bicubic", align_corners=False)
+        y = self.read(x)
+        for block in self.blocks:
+            y = y + block(y)
+        for layer in self.up:
+            y = F.leaky_relu(layer(F.interpolate(y, scale_factor=2.0)), 0.2)
+        found: Tensor = start + self.out(y)
+        return found
+
+    @property
+    def reach(self) -> int:
+        """How many pixels of the small picture around a pixel can change it; more than enough."""
+        return 2 + 2 * len(self.blocks) + 4
+
+
+class LoadedStyler:
+    """A network that makes pictures in styles, ready for use: frozen."""
+
+    def __init__(self, module: nn.Module, name: str, styles: Sequence[str], device: str | torch.device) -> None:
+        self.name, self.styles = name, tuple(styles)
+        self.device = torch.device(device)
+        self.module = module.eval().requires_grad_(False).to(self.device)
+
+    def __call__(self, images: Tensor, mix: Sequence[float] = ()) -> Tensor:
+        """Pictures (N, C, H, W) in [0, 1] in the style, or the mixture of styles by their weights."""
+        weights = torch.tensor([mix or [1.0, *[0.0] * (len(self.styles) - 1)]], device=self.device, dtype=images.dtype)
+        with torch.no_grad():
+            made: Tensor = self.module(images, weights.expand(len(images), -1))
+        return made
+
+
+def load_styler(name: str, registry: Registry, device: str | torch.device = "cpu") -> LoadedStyler:
+    """The styler of a registry name on a device."""
+    entry: StylerEntry = registry.styler(name)
+    return LoadedStyler(build_module(name, entry), name, entry.styles, device)

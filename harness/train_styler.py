@@ -1,0 +1,280 @@
+"""Train a network that makes pictures in a style, or in several, by the losses of style transfer (Johnson et al. 2016; Dumoulin et al.
+2017). What is done is written down as it goes, and a training that was interrupted is taken up where it stood."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import yamlfile
+from .context import stable_seed, to_images
+from .datasets import Dataset, at_size, load_dataset, named_picture
+from .device import device_kind, device_settings
+from .errors import ConfigError
+from .models import LoadedModel, load_model
+from .optimise import content_error, evaluate, gram, style_error, total_variation
+from .optimise.objectives import Objective
+from .paths import sha256_file, writing
+from .record import write_json
+from .registry import Registry, StylerRecipe
+from .runner import versions
+from .stylers import ConditionalInstanceNorm, TransformNet, load_styler
+
+Report = Callable[[str, int, int], None]
+BUILDER = "harness.stylers:TransformNet"
+RAMP = 0.2  # share of the steps over which the weight of the style rises
+SAVED = 200  # steps between two states on disk
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the network's pictures must be like."""
+
+    encoder: LoadedModel
+    content_layer: str
+    targets: Mapping[str, Tensor]  # {layer: (styles, C, C)} Gram matrices
+    weights: tuple[float, float, float]  # of content, style and total variation
+
+    def losses(self, made: Tensor, contents: Tensor, styles: Tensor) -> dict[str, Tensor]:
+        """Mean relative errors of pictures made of `contents` in `styles` (N,), and the total variation a pixel."""
+        with torch.no_grad():
+            features = self.encoder.activations(contents, [self.content_layer])[self.content_layer]
+        targets = {layer: table[styles] for layer, table in self.targets.items()}
+        content, style = content_error(self.content_layer, features), style_error(targets)
+        layers = content.layers | style.layers
+        # One pass of the encoder serves both.
+        both = Objective(layers, lambda outputs, x: torch.stack([content.score(outputs, x), style.score(outputs, x)]))
+        found = evaluate(self.encoder, both, made, made)
+        variation = total_variation().score({}, made) * (100 / made[0].numel())
+        return {"content": found[0].mean(), "style": found[1].mean(), "variation": variation.mean()}
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        found: Tensor = sum(
+            (w * v for w, v in zip(self.weights, losses.values(), strict=True)), torch.zeros((), device=self.encoder.device)
+        )
+        return found
+
+
+def task_of(recipe: StylerRecipe, registry: Registry, device: str, encoder: LoadedModel | None = None) -> Task:
+    """The losses of a recipe; with an encoder that is loaded already."""
+    encoder = encoder or load_model(recipe.encoder, registry, device)
+    layers = [encoder.full_name(n) for n in recipe.style_layers]
+    tables: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    with torch.no_grad():
+        for name in recipe.styles:
+            picture = at_size(named_picture(name, registry, recipe.folder), recipe.style_size, encoder.input.channels)
+            found = encoder.activations(to_images(picture[None], encoder.device), layers)
+            for layer in layers:
+                tables[layer].append(gram(found[layer])[0])
+    targets = {layer: torch.stack(rows) for layer, rows in tables.items()}
+    return Task(encoder, encoder.full_name(recipe.content_layer), targets, (recipe.content_weight, recipe.style_weight, recipe.tv_weight))
+
+
+def crops(data: Dataset, count: int, size: int, channels: int, device: torch.device, seed: int = 0, start: int = 0) -> Iterator[Tensor]:
+    """Batches (count, channels, size, size) of random crops of random pictures, mirrored by chance: the k-th is the same in any run."""
+    step = start
+    while True:
+        random = np.random.default_rng(stable_seed("crops", seed, step))
+        batch = []
+        for i in random.integers(0, len(data), count).tolist():
+            picture = data.get(i)
+            side = max(size, round(min(picture.size) * float(random.uniform(0.3, 1.0))))
+            pixels = at_size(picture, round(side * max(picture.size) / min(picture.size)), channels)
+            height, width = pixels.shape[:2]
+            if min(height, width) < size:
+                edge = [(0, max(0, size - n)) for n in (height, width)]
+                pixels = np.pad(pixels, (*edge, (0, 0)), mode="symmetric")
+                height, width = pixels.shape[:2]
+            y, x = (int(random.integers(0, n - size + 1)) for n in (height, width))
+            crop = pixels[y : y + size, x : x + size]
+            batch.append(crop[:, ::-1] if random.uniform() < 0.5 else crop)
+        yield to_images(np.ascontiguousarray(np.stack(batch)), device)
+        step += 1
+
+
+def train_styler(
+    name: str, recipe: StylerRecipe, registry: Registry, folder: Path, device: str = "auto", report: Report | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Write `NAME.safetensors`, its card `NAME.json` and a registry `NAME.yaml` with its entry into `folder`; (weights file, card)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = _names(recipe)
+    with device_settings(device):
+        kind = device_kind(device)
+        task = task_of(recipe, registry, kind)
+        module, args, names, first = _network(recipe, registry, task.encoder.input.channels, names, kind)
+        history = fit(module, task, recipe, load_dataset(recipe.dataset, registry), first, folder / f"{name}.state.safetensors", report)
+    path = folder / f"{name}.safetensors"
+    with writing(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
+    sha = sha256_file(path)
+    data = load_dataset(recipe.dataset, registry)
+    tail = max(1, recipe.steps // 20)
+    card = {
+        "name": name,
+        "recipe": recipe.model_dump(mode="json"),
+        "args": args,
+        "styles": names,
+        "encoder": {"name": recipe.encoder, "weights": task.encoder.weights},
+        "data": {"name": recipe.dataset, "pictures": len(data), "fingerprint": data.fingerprint},
+        "losses": {k: [float(np.mean(v[i : i + tail])) for i in range(0, len(v), tail)] for k, v in history.items()},
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "sha256": sha,
+        "versions": {k: v for k, v in versions().items() if k in ("python", "torch", "numpy", "vision-harness")},
+    }
+    with writing(folder / f"{name}.json") as temporary:
+        write_json(temporary, card)
+    entry = {"builder": BUILDER, "args": args, "weights": f"file:{path.name}", "sha256": sha, "styles": names}
+    with writing(folder / f"{name}.yaml") as temporary:
+        temporary.write_text(yamlfile.written({"stylers": {name: entry}}))
+    (folder / f"{name}.state.safetensors").unlink(missing_ok=True)
+    return path, card
+
+
+def _names(recipe: StylerRecipe) -> list[str]:
+    names = recipe.style_names or [Path(s.rpartition(":")[2]).stem for s in recipe.styles]
+    if len(names) != len(recipe.styles):
+        raise ConfigError(f"{recipe.where}: {len(names)} style_names for {len(recipe.styles)} styles")
+    if not names:
+        raise ConfigError(f"{recipe.where}: no styles; name pictures as DATASET:ID or by path")
+    return names
+
+
+def _network(
+    recipe: StylerRecipe, registry: Registry, channels: int, names: list[str], device: str
+) -> tuple[TransformNet, dict[str, Any], list[str], int]:
+    """(network, its arguments, names of all its styles, the first that is learnt)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stable_seed("styler", recipe.seed))
+        if not recipe.base:
+            args: dict[str, Any] = {
+                "channels": channels, "width": recipe.width, "blocks": recipe.blocks, "styles": len(names), "norm": recipe.norm,
+            }  # fmt: skip
+            return TransformNet(**args).to(device), args, names, 0
+    base = registry.styler(recipe.base)
+    if base.args.get("norm", "instance") != "instance":
+        raise ConfigError(f"{recipe.where}: styler {recipe.base!r} has batch norm; only conditional instance norm learns further styles")
+    args = {**base.args, "styles": len(base.styles) + len(names)}
+    module = TransformNet(**args)
+    return extended(load_styler(recipe.base, registry).module, module).to(device), args, [*base.styles, *names], len(base.styles)
+
+
+def extended(base: nn.Module, module: TransformNet) -> TransformNet:
+    """A network with more styles that begins as `base` does; new rows begin as the mean of the old ones."""
+    old, new = base.state_dict(), module.state_dict()
+    for key, value in new.items():
+        if value.shape == old[key].shape:
+            value.copy_(old[key])
+        else:
+            value[: len(old[key])] = old[key]
+            value[len(old[key]) :] = old[key].mean(0)
+    return module
+
+
+def fit(
+    module: TransformNet,
+    task: Task,
+    recipe: StylerRecipe,
+    data: Dataset,
+    first: int = 0,
+    state: Path | None = None,
+    report: Report | None = None,
+) -> dict[str, list[float]]:
+    """Train in place; {loss: (steps,)}. Of a network that knows `first` styles already only the rows of the others change.
+
+    A state in the file `state` of the same recipe is taken up; it is written every 200 steps.
+    """
+    device = task.encoder.device
+    styles = next(iter(task.targets.values())).shape[0]
+    module.train()
+    norms = [m for m in module.modules() if isinstance(m, ConditionalInstanceNorm)]
+    if first:
+        module.requires_grad_(False)
+        for norm in norms:
+            norm.gamma.requires_grad_(True)
+            norm.beta.requires_grad_(True)
+    learnt = [p for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(learnt, recipe.learning_rate)
+    history: dict[str, list[float]] = {"content": [], "style": [], "variation": []}
+    done = _taken_up(state, recipe, module, optimiser, history) if state is not None else 0
+    recent: list[Tensor] = []
+    batches = crops(data, recipe.batch_size, recipe.crop, task.encoder.input.channels, device, recipe.seed, done)
+    for step in range(done, recipe.steps):
+        contents = next(batches)
+        random = np.random.default_rng(stable_seed("styles", recipe.seed, step))
+        which = torch.from_numpy(random.integers(0, styles, len(contents))).to(device)
+        mix = torch.nn.functional.one_hot(which + first, first + styles).to(contents.dtype)
+        losses = task.losses(module(contents, mix), contents, which)
+        # Content is learnt first: a network that makes nothing but texture does not find its way back to the picture.
+        share = 1.0 if first else min(1.0, (step + 1) / (RAMP * recipe.steps))
+        loss = task.total({**losses, "style": share * losses["style"]})
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if first:
+            for norm in norms:
+                for table in (norm.gamma, norm.beta):
+                    assert table.grad is not None
+                    table.grad[:first] = 0  # rows that others rely on; Adam leaves what never had a slope
+        for group in optimiser.param_groups:  # falls to a tenth over the last third
+            group["lr"] = recipe.learning_rate * min(1.0, max(0.1, 3 * (1 - step / recipe.steps)))
+        optimiser.step()
+        recent.append(torch.stack([value.detach() for value in losses.values()]))
+        last = step + 1 == recipe.steps
+        if (step + 1) % SAVED == 0 or last:  # the device is waited for now and then, and not at every step
+            for key, values in zip(history, torch.stack(recent, 1).tolist(), strict=True):
+                history[key] += values
+            recent = []
+            if not np.isfinite(history["style"][-1]):
+                raise ConfigError(f"{recipe.where}: the loss stopped being finite before step {step + 1}; use a smaller learning_rate")
+            if state is not None and not last:
+                _written(state, recipe, module, optimiser, history, step + 1)
+        if report:
+            report("steps", step + 1, recipe.steps)
+    module.requires_grad_(True).eval()
+    return history
+
+
+def _written(
+    path: Path, recipe: StylerRecipe, module: nn.Module, optimiser: torch.optim.Optimizer, history: Mapping[str, list[float]], done: int
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"net.{k}": v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    for i, values in optimiser.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{k}": torch.as_tensor(v).detach().cpu().contiguous() for k, v in values.items()}
+    tensors |= {f"history.{k}": torch.tensor(v, dtype=torch.float64) for k, v in history.items()}
+    with writing(path) as temporary:
+        save_file(tensors, temporary, {"recipe": json.dumps(recipe.model_dump(mode="json")), "done": str(done)})
+
+
+def _taken_up(
+    path: Path, recipe: StylerRecipe, module: nn.Module, optimiser: torch.optim.Optimizer, history: dict[str, list[float]]
+) -> int:
+    """Steps that a state on disk has done already; another recipe's state is left alone and written over."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return 0
+    with safe_open(path, "pt") as stored:
+        facts = stored.metadata() or {}
+        if json.loads(facts.get("recipe", "null")) != recipe.model_dump(mode="json"):
+            return 0
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # no mapping
+    module.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
+    memory: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("adam."):
+            _, i, name = key.split(".")
+            memory.setdefault(int(i), {})[name] = value
+    optimiser.load_state_dict({"state": memory, "param_groups": optimiser.state_dict()["param_groups"]})
+    for name in history:
+        history[name] = tensors[f"history.{name}"].tolist()
+    return int(facts["done"])

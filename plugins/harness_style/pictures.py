@@ -1,0 +1,79 @@
+"""Pictures that a technique names: of a registry's dataset, or files; in their own shape, at a size of one's choice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from harness import Context
+    from harness.technique import Further
+
+NAMED = "a picture of a dataset as DATASET:ID (textures:brick.png), or the path of a file"
+
+
+def needed(names: tuple[str, ...]) -> Further:
+    """What the named pictures are taken from."""
+    from harness.datasets import picture_place
+    from harness.technique import Further
+
+    found = [(name, picture_place(name)) for name in names]
+    datasets = tuple(dict.fromkeys(place[0] for _, place in found if place))
+    return Further(datasets=datasets, files=tuple(name for name, place in found if not place))
+
+
+def tensor_of(ctx: Context, picture: Image.Image, size: int) -> Tensor:
+    """(1, C, H, W) in [0, 1], the longer side `size` pixels (0: as it is), in the colours that the model takes."""
+    from harness.context import to_images
+    from harness.datasets import at_size
+
+    return to_images(at_size(picture, size, ctx.model.input.channels)[None], ctx.device, ctx.model.dtype)
+
+
+def contents(ctx: Context, size: int) -> list[tuple[str, Tensor]]:
+    """The run's own pictures, uncut, in their own shapes, the longer side `size` pixels."""
+    return [(name, tensor_of(ctx, ctx.dataset.get(i), size)) for i, name in enumerate(ctx.ids)]
+
+
+def resized(images: Tensor, height: int, width: int) -> Tensor:
+    import torch.nn.functional as F
+
+    if tuple(images.shape[2:]) == (height, width):
+        return images
+    smaller = height < images.shape[2]
+    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False, antialias=smaller).clamp(0, 1)
+
+
+MARGIN = 2
+
+
+def framed(images: Tensor) -> Tensor:
+    """Pictures with their right and lower border repeated `MARGIN` pixels outwards: strides leave out last rows and columns, which would
+    stay as they were; `unframed` cuts them away. On the other sides nothing is added, so that strides fall on the same pixels."""
+    import torch.nn.functional as F
+
+    return F.pad(images, (0, MARGIN, 0, MARGIN), mode="replicate")
+
+
+def unframed(images: Tensor) -> Tensor:
+    return images[..., :-MARGIN, :-MARGIN]
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """Whole 255ths, which are stored in a quarter of the space and are what a screen shows."""
+    import torch
+
+    return torch.round(images.clamp(0, 1) * 255) / 255
+
+
+def recoloured(images: Tensor, like: Tensor) -> Tensor:
+    """The lightness of `images` with the colours of `like` (Gatys et al. 2016, arXiv:1606.05897, sec. 4.2: Y of one, IQ of the other)."""
+    import torch
+
+    if images.shape[1] != 3:
+        return images
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
+    # Moving all three colours by the same amount changes Y and leaves I and Q.
+    return (like + ((images - like) * weights).sum(1, keepdim=True)).clamp(0, 1)

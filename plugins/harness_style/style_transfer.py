@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import model_validator
+
+from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
+
+from .gram import features_of, pooled, style_layers, targets_of
+from .pictures import NAMED, contents, eight_bits, framed, needed, recoloured, resized, tensor_of, unframed
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from harness import Context
+    from harness.optimise import Ascent, Objective
+    from harness.technique import Further
+
+LEAST = 32  # pixels of the shorter side of the coarsest picture
+# The settings of Gatys et al. 2016 for VGG-19, in torchvision's layer names.
+VGG19: dict[str, Any] = {
+    "content_layer": "features.22",  # relu4_2
+    "style_layers": ("features.1", "features.6", "features.11", "features.20", "features.29"),  # relu1_1 to relu5_1
+    "pooling": "average",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One picture to be made: what is weighed how."""
+
+    label: str
+    style_weight: float
+    style_scale: float
+
+
+class StyleTransfer(Technique):
+    """The content of one picture in the style of another: argmin_x alpha ||F(x) - P||^2 / ||P||^2 + beta sum_l w_l ||G_l(x) - A_l||^2 /
+    ||A_l||^2 + gamma TV(x), F being a layer's output, P that of the content picture, G_l Gram matrices, A_l those of the style (Gatys et
+    al. 2016, CVPR; arXiv:1508.06576).
+
+    Both errors are relative here, so that one set of weights serves networks and layers of any scale; `form=absolute` has the paper's
+    sums. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked
+    on one by one and whole: memory grows with their size, as the Gram matrices of all positions are needed at once. Cost: one forward and
+    one backward pass to the deepest layer a step.
+    """
+
+    name = "style_transfer"
+    family = "style"
+    paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
+    needs = frozenset({"dataset", "conv"})
+    reading = (
+        "The first picture is the content, the second the style. The table says how far features and Gram matrices are from those of "
+        "the content and the style, as shares of them: the one falls as the other rises."
+    )
+    caveats = "Whether a picture is good no number here tells: look. Networks other than VGG give other, often flatter, styles."
+
+    style: tuple[str, ...] = Param(("textures:ihc.png",), min_length=1, description=f"style pictures; each {NAMED}")
+    blend: tuple[float, ...] = Param((), description="weights of several styles, whose Gram matrices are averaged; none: all the same")
+    preset: Literal["", "vgg19"] = Param("", description="vgg19: layers and pooling of the paper, for a model with VGG-19's layers")
+    content_layer: str = Param("", description="layer of the content; none: a block at two fifths of the depth")
+    style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five blocks over the first three quarters")
+    layer_weights: tuple[float, ...] = Param((), description="w_l of the style layers; none: all the same, summing to 1")
+    content_weight: float = Param(1.0, ge=0, description="alpha")
+    style_weight: tuple[float, ...] = Param((15.0,), min_length=1, description="beta; several make a row of pictures")
+    tv_weight: float = Param(0.5, ge=0, description="gamma, of the total variation a pixel")
+    style_scale: tuple[float, ...] = Param(
+        (1.0,), min_length=1, description="size of the style picture against the content's; several: a row"
+    )
+    form: Literal["relative", "absolute"] = Param("relative", description="errors as shares, or the paper's sums")
+    pooling: Literal["max", "average"] = Param("max", description="average: means in place of max pooling, as in the paper")
+    start: Literal["content", "noise"] = Param("content", description="what descent starts from")
+    optimiser: Literal["lbfgs", "adam"] = Param("lbfgs", description="L-BFGS, or Adam with `step_size`")
+    step_size: float = Param(5.0, gt=0, description="size of Adam's steps, of the first of L-BFGS, in 255ths")
+    steps: int = Param(200, ge=0, le=100_000, description="steps at the full size")
+    coarse: int = Param(1, ge=0, le=6, description="how many smaller sizes, each half of the next, come before it, with as many steps")
+    size: int = Param(384, ge=8, le=8192, description="longer side of the pictures")
+    colours: Literal["style", "content"] = Param("style", description="content: the lightness of the result with the picture's own colours")
+    dream: float = Param(0.0, ge=0, description="weight of a layer's squared norm, which makes it dream on top")
+    dream_layer: str = Param("", description="the layer that dreams; none: the content's")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StyleTransfer:
+        if self.blend and len(self.blend) != len(self.style):
+            raise ValueError(f"blend has {len(self.blend)} weights for {len(self.style)} styles")
+        if self.blend and (min(self.blend) < 0 or sum(self.blend) <= 0):
+            raise ValueError("blend: weights are not below zero, and one is above")
+        if min(self.style_weight) < 0 or min(self.style_scale) <= 0:
+            raise ValueError("style_weight must not be below zero, style_scale must be above zero")
+        if self.layer_weights and len(self.layer_weights) != len(self.style_layers):
+            raise ValueError(f"layer_weights has {len(self.layer_weights)} numbers for {len(self.style_layers)} style layers")
+        return self
+
+    def further(self) -> Further:
+        return needed(self.style)
+
+    def run(self, ctx: Context) -> Result:
+        from harness_synthesis.blocks import blocks
+
+        settings = self.model_copy(update=VGG19) if self.preset else self
+        layers = style_layers(ctx, settings.style_layers)
+        every = blocks(ctx.model)
+        content = ctx.model.full_name(settings.content_layer) if settings.content_layer else every[round(0.4 * (len(every) - 1))]
+        styles = [(name, ctx.named_picture(name)) for name in self.style]
+        plans = [
+            Plan(f"style x {w:g}" if len(self.style_weight) > 1 else (f"scale {s:g}" if len(self.style_scale) > 1 else "result"), w, s)
+            for s in self.style_scale
+            for w in self.style_weight
+        ]
+        notes = [f"{name}: one colour everywhere; its Gram matrices hold nothing but that colour" for name, p in styles if flat(p)]
+        artifacts: list[Any] = []
+        rows: list[list[Any]] = []
+        curves: dict[str, Any] = {}
+        final: dict[str, list[float]] = {"content_error": [], "style_error": []}
+        for number, (name, picture) in enumerate(contents(ctx, self.size), 1):
+            reason = refusal(ctx, picture, [*layers, content])
+            if reason:
+                raise NotApplicable(f"{name}: {reason}")
+            made = []
+            for plan in plans:
+                found = Transfer(ctx, settings, layers, content, [p for _, p in styles], plan, f"{name} {plan.style_scale:g}").run(picture)
+                made.append(found)
+                label = f"{name}, {plan.label}" if len(ctx.ids) > 1 or len(plans) > 1 else plan.label
+                curves[label] = found.trace
+                rows.append([name, plan.style_weight, plan.style_scale, found.content, found.style, found.variation])
+                notes += [f"{label}: {n}" for n in found.notes]
+            final["content_error"].append(made[0].content)
+            final["style_error"].append(made[0].style)
+            artifacts += self._shown(number, name, picture, styles, made, plans)
+            ctx.report("pictures", number, len(ctx.ids))
+        longest = max(len(t) for t in curves.values())
+        if longest:
+            lines = {k: np.r_[v, np.full(longest - len(v), v[-1] if len(v) else 0.0)] for k, v in curves.items()}
+            artifacts.append(
+                Curve(
+                    "objective", range(1, longest + 1), lines, "step", "weighted errors", log_y=all((v > 0).all() for v in lines.values())
+                )
+            )
+        columns = ["picture", "style weight", "style scale", "content error", "style error", "total variation a pixel"]
+        artifacts.append(Table("errors", columns, rows))
+        about = {
+            "content_error": "relative squared error of the content's features, of the first weight and scale",
+            "style_error": "relative squared error of the style's Gram matrices, mean of layers",
+        }
+        metrics = [Metric(k, float(np.mean(v)), better="lower", per_image=v, about=about[k]) for k, v in final.items()]
+        notes.append(f"content at {content}; style at {', '.join(layers)}")
+        return Result(artifacts, metrics, list(dict.fromkeys(notes)))
+
+    def _shown(
+        self, number: int, name: str, picture: Tensor, styles: list[tuple[str, Image.Image]], made: list[Transferred], plans: list[Plan]
+    ) -> list[Any]:
+        import torch
+
+        height, width = picture.shape[2:]
+        frame = [padded(p, height, width, picture) for _, p in styles]
+        sheet = torch.cat([picture, *frame, *(m.image for m in made)])
+        captions = [
+            name,
+            *(n for n, _ in styles),
+            *(f"{p.label}: content {m.content:.2g}, style {m.style:.2g}" for p, m in zip(plans, made, strict=True)),
+        ]
+        small = min(height, width) < 64
+        found: list[Any] = [Images(f"transfer-{number}", eight_bits(sheet), captions=captions, columns=min(4, len(sheet)), exact=small)]
+        if made[0].stages:
+            strip = torch.cat([resized(image, height, width) for _, image in made[0].stages])
+            names = [f"step {n}" for n, _ in made[0].stages]
+            found.append(Images(f"progress-{number}", eight_bits(strip), captions=names, columns=min(6, len(strip)), exact=small))
+        return found
+
+
+@dataclass(frozen=True)
+class Transferred:
+    image: Tensor
+    trace: np.ndarray  # the weighted errors before each step
+    stages: list[tuple[int, Tensor]]
+    content: float
+    style: float
+    variation: float
+    notes: list[str]
+
+
+class Transfer:
+    """One picture's way from coarse to fine."""
+
+    def __init__(
+        self, ctx: Context, settings: StyleTransfer, layers: list[str], content: str, styles: list[Image.Image], plan: Plan, stream: str
+    ) -> None:
+        self.ctx, self.settings, self.layers, self.content, self.styles, self.plan, self.stream = (
+            ctx,
+            settings,
+            layers,
+            content,
+            styles,
+            plan,
+            stream,
+        )
+
+    def run(self, picture: Tensor) -> Transferred:
+        ctx, s = self.ctx, self.settings
+        height, width = picture.shape[2:]
+        sizes = [(max(1, round(height / 2**k)), max(1, round(width / 2**k))) for k in range(s.coarse, -1, -1)]
+        sizes = [size for size in sizes if size == (height, width) or min(size) >= LEAST]
+        draws = ctx.draws([self.stream])
+        image: Tensor | None = None
+        traces, stages, notes = [], [], []
+        done = 0
+        for tall, wide in sizes:
+            target = framed(resized(picture, tall, wide))
+            objective = self._objective(target, max(tall, wide))
+            if image is not None:
+                start = framed(resized(image, tall, wide))
+            else:
+                start = target if s.start == "content" else draws.rand(target.shape[1:])
+            part = self._descend(objective, start, draws)
+            if part.stopped:
+                notes.append("the errors stopped being finite; the last good picture is shown: use smaller weights or another optimiser")
+            image = unframed(part.images).clamp(0, 1)
+            traces.append(-part.scores[:, 0].double().cpu().numpy())
+            stages += [(done + n, unframed(shot)) for n, shot in part.snapshots]
+            done += s.steps
+        assert image is not None
+        if s.colours == "content":
+            image = recoloured(image, picture)
+        style, content = self._errors(image, picture)
+        variation = float((image[..., 1:] - image[..., :-1]).abs().mean() + (image[..., 1:, :] - image[..., :-1, :]).abs().mean())
+        return Transferred(image, np.concatenate(traces), stages, content, style, variation, notes)
+
+    def _descend(self, objective: Objective, start: Tensor, draws: Any) -> Ascent:
+        from harness import optimise as o
+
+        s = self.settings
+        return o.ascend(
+            self.ctx.model,
+            objective,
+            start,
+            steps=s.steps,
+            step_size=s.step_size / 255,
+            rule=s.optimiser,
+            draws=draws,
+            operators=[o.Clamp()],
+            snapshots=max(1, s.steps // 100),
+            during=lambda _: pooled(s.pooling),
+            progress=self.ctx.report,
+        )
+
+    def style_targets(self, side: int, layers: list[str]) -> dict[str, Tensor]:
+        """Weighted means of the styles' Gram matrices, the style pictures' longer side being `side` times the plan's scale."""
+        ctx, s = self.ctx, self.settings
+        shares = np.asarray(s.blend or [1.0] * len(self.styles), float)
+        shares = shares / shares.sum()
+        found: dict[str, Tensor] = {}
+        for share, picture in zip(shares.tolist(), self.styles, strict=True):
+            size = max(1, round(side * self.plan.style_scale))
+            image = tensor_of(ctx, picture, size)
+            reason = refusal(ctx, image, layers)
+            if reason:
+                raise ConfigError(
+                    f"{ctx.technique}.style: at {image.shape[3]} x {image.shape[2]} pixels {reason}; raise style_scale or size"
+                )
+            for layer, target in targets_of(ctx.model, image, layers, s.pooling).items():
+                found[layer] = found.get(layer, 0) + share * target
+        return found
+
+    def _objective(self, target: Tensor, side: int) -> Objective:
+        from harness import optimise as o
+
+        ctx, s = self.ctx, self.settings
+        objective = o.Objective(frozenset(), lambda _, x: x.new_zeros(len(x)))
+        if s.content_weight:
+            features = features_of(ctx.model, target, self.content, s.pooling)
+            objective = objective - s.content_weight * o.content_error(self.content, features, s.form)
+        if self.plan.style_weight:
+            targets = self.style_targets(side, self.layers)
+            objective = objective - self.plan.style_weight * o.style_error(targets, s.layer_weights, s.form)
+        if s.tv_weight:
+            objective = objective - (s.tv_weight / target[0].numel() * 100) * o.total_variation()
+        if s.dream:
+            layer = ctx.model.full_name(s.dream_layer) if s.dream_layer else self.content
+            size = features_of(ctx.model, target, layer, s.pooling).square().sum()
+            objective = objective + (2 * s.dream / float(size)) * o.layer_norm(layer)
+        return objective
+
+    def _errors(self, image: Tensor, picture: Tensor) -> tuple[float, float]:
+        """(style, content) relative errors of the finished picture, each style layer counting the same."""
+        import torch
+
+        from harness import optimise as o
+
+        ctx, s = self.ctx, self.settings
+        with torch.no_grad(), pooled(s.pooling):
+            style = o.style_error(self.style_targets(max(picture.shape[2:]), self.layers))
+            content = o.content_error(self.content, features_of(ctx.model, picture, self.content, s.pooling))
+            return float(o.evaluate(ctx.model, style, image, image)), float(o.evaluate(ctx.model, content, image, image))
+
+
+def flat(picture: Image.Image) -> bool:
+    """One colour everywhere?"""
+    extrema = picture.getextrema()
+    bands = extrema if isinstance(extrema[0], tuple) else (extrema,)
+    return all(low == high for low, high in bands)
+
+
+def refusal(ctx: Context, image: Tensor, layers: list[str]) -> str:
+    """Why a network cannot look at a picture of this size with these layers; empty where it can."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            found = ctx.model.activations(image, list(dict.fromkeys(layers)))
+    except RuntimeError as error:
+        return f"the picture is too small for the layers: {str(error).splitlines()[0][:120]}"
+    for name, value in found.items():
+        if value.shape[2] * value.shape[3] < 4:
+            return f"the picture is smaller than what a position of {name} sees: it has {value.shape[2]} x {value.shape[3]} positions there"
+    return ""
+
+
+def padded(picture: Image.Image, height: int, width: int, like: Tensor) -> Tensor:
+    """A picture fitted into a frame of the size, white around it."""
+    import torch
+    from PIL import Image, ImageOps
+
+    small = ImageOps.contain(picture.convert("L" if like.shape[1] == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
+    frame = Image.new(small.mode, (width, height), "white")
+    frame.paste(small, ((width - small.width) // 2, (height - small.height) // 2))
+    pixels = np.asarray(frame)
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return torch.from_numpy(pixels.copy()).to(like.device, like.dtype)[None] / 255

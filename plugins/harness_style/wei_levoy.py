@@ -1,0 +1,133 @@
+"""Texture synthesis pixel by pixel (Wei & Levoy 2000, SIGGRAPH)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .tsvq import Exhaustive, Tree
+
+Search = Literal["tsvq", "exhaustive"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    image: np.ndarray  # (H, W, C)
+    levels: list[np.ndarray]  # from the coarsest
+    cost: float  # mean squared distance of a neighbourhood to its match, a value, at the finest level
+    seconds: float  # of the searches alone
+
+
+def causal(size: int) -> list[tuple[int, int]]:
+    """(dy, dx) of the pixels that raster order has passed in a window of `size`: (size^2 - 1) / 2 of them, the shape of an L."""
+    half = size // 2
+    return [(dy, dx) for dy in range(-half, 1) for dx in range(-half, half + 1) if (dy, dx) < (0, 0)]
+
+
+def square(size: int) -> list[tuple[int, int]]:
+    half = size // 2
+    return [(dy, dx) for dy in range(-half, half + 1) for dx in range(-half, half + 1)]
+
+
+def pyramid(image: np.ndarray, levels: int) -> list[np.ndarray]:
+    """Gaussian pyramid (H, W, C), the coarsest first; sides are halved, rounded up."""
+    from scipy.ndimage import gaussian_filter
+
+    found = [image.astype(np.float32)]
+    for _ in range(levels - 1):
+        smooth = gaussian_filter(found[-1], (0.85, 0.85, 0), mode="reflect")
+        found.append(np.ascontiguousarray(smooth[::2, ::2]))
+    return found[::-1]
+
+
+def synthesise(
+    sample: np.ndarray,
+    height: int,
+    width: int,
+    *,
+    size: int = 7,
+    levels: int = 3,
+    search: Search = "tsvq",
+    leaves: int = 1,
+    random: np.random.Generator,
+    progress: Progress | None = None,
+) -> Synthesis:
+    """A picture (height, width, C) whose every pixel is one of the sample's (h, w, C), taken where its surroundings are most alike.
+
+    Each level of the pyramid is filled in raster order from its causal neighbourhood, of which the picture's border wraps around (a
+    toroidal picture tiles), and from the whole neighbourhood, about half as wide, of the finished coarser level. The coarsest level begins
+    as noise of the sample's own pixels and is gone over twice, since across its border the first time there is noise.
+    """
+    samples = pyramid(sample, levels)
+    sides = [(-(-height // 2**k), -(-width // 2**k)) for k in range(levels - 1, -1, -1)]
+    made: list[np.ndarray] = []
+    cost, seconds = 0.0, 0.0
+    for level, (source, (rows, columns)) in enumerate(zip(samples, sides, strict=True)):
+        near, below = causal(size), square(size // 2 | 1) if level else []
+        places, vectors = _neighbourhoods(source, samples[level - 1] if level else None, near, below)
+        colours = source.reshape(-1, source.shape[2])
+        image = colours[random.integers(0, len(colours), rows * columns)].copy()
+        finder = Tree(vectors, leaves=leaves) if search == "tsvq" else Exhaustive(vectors)
+        picked = colours[places]
+        own = _wrapped(near, rows, columns)
+        coarse = None
+        if level:
+            up = made[-1]
+            y, x = (g.ravel() // 2 for g in np.mgrid[:rows, :columns])
+            # What raster order has not reached lies across the border: the coarser level says more of it than noise would.
+            image = up[y, x].copy()
+            coarse = up.reshape(-1, up.shape[2])[_wrapped(below, *up.shape[:2])[y * up.shape[1] + x]].reshape(rows * columns, -1)
+        matches = np.empty(rows * columns, np.int64)
+        length = len(near) * image.shape[1]
+        vector = np.empty(vectors.shape[1], np.float32)
+        asked = np.empty((rows * columns, vectors.shape[1]), np.float32) if level == levels - 1 else None
+        begun = time.perf_counter()
+        for place in (*range(rows * columns),) * (1 if level else 2):
+            vector[:length] = image.take(own[place], 0).ravel()
+            if coarse is not None:
+                vector[length:] = coarse[place]
+            if asked is not None:
+                asked[place] = vector
+            k = finder.nearest(vector)
+            matches[place] = k
+            image[place] = picked[k]
+            if progress is not None and place % (16 * columns) == 0:
+                progress(f"rows of level {level + 1} of {levels}", place // columns, rows)
+        seconds += time.perf_counter() - begun
+        if asked is not None:
+            cost = float(np.square(asked - vectors[matches]).mean(dtype=np.float64))
+        made.append(image.reshape(rows, columns, -1))
+    return Synthesis(made[-1], made, cost, seconds)
+
+
+def _wrapped(offsets: Sequence[tuple[int, int]], rows: int, columns: int) -> np.ndarray:
+    """(rows * columns, offsets) flat indices of each pixel's neighbours, around the borders."""
+    y, x = np.mgrid[:rows, :columns]
+    shifts = np.asarray(offsets, np.int64).reshape(-1, 2)
+    dy, dx = shifts[:, 0], shifts[:, 1]
+    return ((y[..., None] + dy) % rows * columns + (x[..., None] + dx) % columns).reshape(rows * columns, -1)
+
+
+def _neighbourhoods(
+    source: np.ndarray, coarser: np.ndarray | None, near: Sequence[tuple[int, int]], below: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(flat indices, vectors) of the sample's pixels whose neighbourhoods lie whole inside it: a sample does not tile."""
+    rows, columns, colours = source.shape
+    reach = max(-dx for _, dx in near)
+    y, x = np.mgrid[reach:rows, reach : columns - reach]
+    if coarser is not None:
+        half = max(dx for _, dx in below)
+        inside = (y // 2 >= half) & (y // 2 < coarser.shape[0] - half) & (x // 2 >= half) & (x // 2 < coarser.shape[1] - half)
+        y, x = y[inside], x[inside]
+    y, x = y.ravel(), x.ravel()
+    parts = [source[y + dy, x + dx] for dy, dx in near]
+    if coarser is not None:
+        parts += [coarser[y // 2 + dy, x // 2 + dx] for dy, dx in below]
+    vectors = np.stack(parts, 1).reshape(len(y), -1).astype(np.float32)
+    assert vectors.shape[1] == (len(near) + len(below)) * colours
+    return y * columns + x, vectors

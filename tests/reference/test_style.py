@@ -1,0 +1,549 @@
+"""Gram matrices, textures, transfer slow and fast, several styles, enlargement: closed forms, order, bad input."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
+
+from harness import ConfigError, HarnessError, NotApplicable
+from harness import optimise as o
+from harness import train_styler as trainer
+from harness.context import Context, Draws
+from harness.datasets import at_size
+from harness.models import LoadedModel, load_model
+from harness.registry import InputSpec, StylerRecipe
+from harness.stylers import ConditionalInstanceNorm, SuperResolutionNet, TransformNet, load_styler
+from harness.testing import load_dataset, run_once
+from harness_style import (
+    FastStyleTransfer,
+    GramMatrix,
+    MultiStyleTransfer,
+    NeuralTexture,
+    StyleTransfer,
+    SuperResolution,
+    WeiLevoyTexture,
+)
+from harness_style.gram import pooled, targets_of
+from harness_style.neural_texture import correlation_length
+from harness_style.pictures import framed, recoloured, unframed
+from harness_style.super_resolution import degraded, tiled
+from harness_style.tsvq import Exhaustive, Tree
+from harness_style.wei_levoy import causal, synthesise
+from harness_style.wei_levoy_texture import seam
+from harness_synthesis.feature_inversion import signal_to_noise, similarity
+
+IHC, BRICK, GRAVEL = "textures:ihc.png", "textures:brick.png", "textures:gravel.png"
+
+
+def table(result, name):
+    return next(a for a in result.artifacts if a.name == name)
+
+
+def metric(result, name):
+    return next(m for m in result.metrics if m.name == name)
+
+
+@pytest.fixture(scope="module")
+def small(registry):
+    """A colour network of 32 x 32 pictures, of which layers take any size."""
+    return load_model("snow_cnn", registry)
+
+
+@pytest.fixture(scope="module")
+def photos(registry):
+    data = load_dataset("photos", registry)
+    return lambda *names: data.select(indices=[data.ids.index(n) for n in names])
+
+
+def features(seed=0, n=2, c=5, side=6):
+    return torch.randn((n, c, side, side + 1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# -- Gram matrices ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_gram_matrix_is_sums_of_products_and_knows_no_places():
+    x = features()
+    for divisor, size in (("hw", 42), ("chw", 210), ("none", 1)):
+        plain = torch.stack([sum(torch.outer(f[:, i, j], f[:, i, j]) for i in range(6) for j in range(7)) for f in x]) / size
+        found = o.gram(x, divisor)
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, found.transpose(1, 2), rtol=0, atol=1e-12)
+        assert torch.linalg.eigvalsh(found).min() >= -1e-8
+        torch.testing.assert_close(found.diagonal(dim1=1, dim2=2).sum(1), x.square().sum((1, 2, 3)) / size)
+    order = torch.randperm(42, generator=torch.Generator().manual_seed(1))
+    shuffled = x.flatten(2)[:, :, order].view_as(x)
+    torch.testing.assert_close(o.gram(shuffled), o.gram(x), rtol=0, atol=1e-12)
+
+
+def test_over_hw_it_is_the_covariance_and_the_means():
+    x = features()
+    for f, g in zip(x, o.gram(x), strict=True):
+        mean = f.flatten(1).mean(1)
+        assert np.allclose(g - torch.outer(mean, mean), np.cov(f.flatten(1).numpy(), bias=True), atol=1e-12)
+
+
+def test_the_papers_loss_and_its_slope():
+    """E = sum (G - A)^2 / (4 N^2 M^2) and dE/dF = (G - A) F / (N^2 M^2), G and A without a divisor (Gatys et al. 2015, eq. 2 and 3)."""
+    x, target = features().requires_grad_(), features(3)
+    wanted = o.gram(target)
+    error = o.style_error({"a": wanted}, [1.0], form="absolute").score({"a": x}, x)
+    n, m = 5, 42
+    difference = o.gram(x, "none") - o.gram(target, "none")
+    torch.testing.assert_close(error, difference.square().sum((1, 2)) / (4 * n**2 * m**2))
+    slope = torch.autograd.grad(error.sum(), x)[0]
+    torch.testing.assert_close(slope.flatten(2), (difference @ x.flatten(2)) / (n**2 * m**2), rtol=1e-9, atol=1e-15)
+
+
+def test_errors_are_none_at_the_source_and_one_of_nothing():
+    x = features()
+    error = o.style_error({"a": o.gram(x), "b": o.gram(2 * x)})
+    assert error.score({"a": x, "b": 2 * x}, x).abs().max() < 1e-20
+    assert torch.allclose(error.score({"a": 0 * x, "b": 0 * x}, x), torch.ones(2, dtype=torch.float64))
+    assert torch.allclose(o.content_error("a", x).score({"a": 0 * x}, x), torch.ones(2, dtype=torch.float64))
+    half = o.content_error("a", x, "absolute").score({"a": x + 1}, x)
+    assert torch.allclose(half, torch.full((2,), 210 / 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="2 weights for 1"):
+        o.style_error({"a": o.gram(x)}, [1.0, 2.0])
+
+
+def test_the_technique_shows_what_it_says(small, registry):
+    data = load_dataset("textures", registry).select(2)
+    result = run_once(GramMatrix(), small, data)
+    assert metric(result, "identity_error").value < 1e-5
+    assert 0 < metric(result, "mean_share").value <= 1
+    assert "time of the covariance" in result.notes[0]
+    for row in table(result, "layers").rows:
+        assert row[3] <= row[1]  # the rank
+    assert table(result, f"gram-{table(result, 'layers').rows[0][0]}").data.shape[0] == 2
+
+
+def test_average_pooling_takes_the_place_of_max_pooling():
+    one = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 2, ceil_mode=True), nn.ReLU()).double()
+    two = nn.Sequential(one[0], nn.AvgPool2d(3, 2, ceil_mode=True, count_include_pad=False), nn.ReLU())
+    x = torch.rand((2, 3, 16, 17), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = one(x)
+    with pooled("average"):
+        torch.testing.assert_close(one(x), two(x))
+    assert torch.equal(one(x), before)
+    with pooled("max"):
+        assert torch.equal(one(x), before)
+
+
+# -- textures by networks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(200)
+def test_a_texture_has_the_samples_gram_matrices_and_deeper_layers_bring_structure(squeezenet, registry):
+    """Matched at the first layer alone, deeper ones stay far off; matched at all, all are met to a hundredth."""
+    data = load_dataset("textures", registry)
+    brick = data.select(indices=[data.ids.index("brick.png")])
+    result = run_once(NeuralTexture(steps=100, size=128, depths=2), squeezenet, brick)
+    first, last = table(result, "errors").rows
+    assert metric(result, "gram_error").value == last[2] < 1e-2
+    assert first[2] < 1e-2
+    assert first[3] > 3 * last[3]
+    picture = table(result, "texture-1").data
+    assert picture.shape == (3, 3, 128, 128)
+    curve = table(result, "objective").lines[f"to {last[1]}"]
+    assert curve[-1] < 0.05 * curve[0]
+
+
+def test_correlation_length_of_stripes():
+    """A cosine of period T falls to 1/e at arccos(1/e) / 2 pi of it along it, and never across: the mean does at arccos(2/e - 1)."""
+    wave = torch.cos(2 * torch.pi * torch.arange(240) / 40).expand(1, 240, 240)
+    assert correlation_length(wave) == pytest.approx(40 * np.arccos(2 / np.e - 1) / (2 * np.pi), abs=0.6)
+    assert correlation_length(torch.ones(1, 20, 20)) == 20
+
+
+# -- style transfer --------------------------------------------------------------------------------------------------------
+
+
+def quick(**more):
+    return StyleTransfer(**{"style": (IHC,), "steps": 12, "size": 48, "coarse": 0, **more})
+
+
+def made(result, number=1):
+    return table(result, f"transfer-{number}").data[-1]
+
+
+def test_without_a_style_it_is_the_content_and_without_content_a_texture(small, photos):
+    cat = photos("chelsea.png")
+    result = run_once(quick(style_weight=(0.0,), tv_weight=0), small, cat)
+    sheet = table(result, "transfer-1").data
+    assert np.allclose(sheet[-1], sheet[0], atol=1e-6)  # inverts the content's features, where it already is
+    alone = run_once(quick(content_weight=0, tv_weight=0, start="noise", style_weight=(1.0,)), small, cat)
+    trace = table(alone, "objective").lines["result"]
+    # The same descent by the loop alone.
+    ctx = context(small, photos)
+    layers = ["features.1", "features.4", "features.7"]
+    chosen = run_once(quick(content_weight=0, tv_weight=0, start="noise", style_weight=(1.0,), style_layers=layers), small, cat)
+    sample = torch.from_numpy(at_size(ctx.named_picture(IHC), 48, 3)).permute(2, 0, 1)[None].float() / 255
+    draws = Draws(["chelsea.png 1"], torch.device("cpu"), torch.float32, 0, "style_transfer", "")
+    start = draws.rand((3, 32 + 2, 48 + 2))
+    plain = o.ascend(
+        small,
+        -o.style_error(targets_of(small, sample, layers)),
+        start,
+        steps=12,
+        step_size=5 / 255,
+        rule="lbfgs",
+        draws=draws,
+        operators=[o.Clamp()],
+    )
+    assert np.allclose(table(chosen, "objective").lines["result"], -plain.scores[:, 0].numpy(), rtol=1e-4)
+    assert trace[-1] < 0.5 * trace[0]
+
+
+def context(model, photos, **more):
+    from harness.registry import load_registry
+
+    data = photos("chelsea.png")
+    return Context(model, ids=data.ids, dataset=data, technique="style_transfer", registry=load_registry(), **more)
+
+
+def test_weights_scaled_together_change_nothing(small, photos):
+    cat = photos("chelsea.png")
+    one = run_once(quick(content_weight=1, style_weight=(8.0,), tv_weight=0.25), small, cat)
+    two = run_once(quick(content_weight=4, style_weight=(32.0,), tv_weight=1.0), small, cat)
+    assert np.abs(made(one) - made(two)).max() < 0.02
+    assert np.abs(made(one) - made(one, 1) + table(one, "transfer-1").data[0] - made(one)).max() > 0.1  # and something was done
+
+
+def test_more_style_costs_content(small, photos):
+    """The frontier: over five weights the content's error rises and the style's falls."""
+    weights = (0.1, 1.0, 10.0, 100.0, 1000.0)
+    rows = table(run_once(quick(style_weight=weights, steps=60, tv_weight=0), small, photos("coffee.png")), "errors").rows
+    assert [r[1] for r in rows] == list(weights)
+    assert all(a[3] < b[3] for a, b in pairwise(rows))
+    assert all(a[4] > b[4] for a, b in pairwise(rows))
+
+
+def test_styles_are_blended_by_their_gram_matrices(small, photos, registry):
+    cat = photos("chelsea.png")
+    single = run_once(quick(style=(IHC,)), small, cat)
+    hot = run_once(quick(style=(IHC, BRICK), blend=(1.0, 0.0)), small, cat)
+    assert np.allclose(made(single), made(hot), atol=1e-6)
+    from harness_style.style_transfer import Plan, Transfer
+
+    ctx = context(small, photos)
+    pictures = [ctx.named_picture(n) for n in (IHC, BRICK)]
+    layers = ["features.1", "features.4"]
+    transfer = Transfer(ctx, quick(style=(IHC, BRICK), blend=(3.0, 1.0)), layers, "features.4", pictures, Plan("a", 1.0, 1.0), "a")
+    mixed = transfer.style_targets(48, layers)
+    alone = [targets_of(small, torch.from_numpy(at_size(p, 48, 3)).permute(2, 0, 1)[None].float() / 255, layers) for p in pictures]
+    for layer in layers:
+        torch.testing.assert_close(mixed[layer], 0.75 * alone[0][layer] + 0.25 * alone[1][layer])
+
+
+def test_colours_of_the_content_stay():
+    one, two = (torch.rand((1, 3, 5, 6), generator=torch.Generator().manual_seed(s), dtype=torch.float64) * 0.2 + 0.4 for s in (0, 1))
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64)
+    found = torch.einsum("ij,njhw->nihw", to_yiq, recoloured(one, two))
+    torch.testing.assert_close(found[:, 0], torch.einsum("j,njhw->nhw", to_yiq[0], one))
+    torch.testing.assert_close(found[:, 1:], torch.einsum("ij,njhw->nihw", to_yiq[1:], two), rtol=0, atol=1e-3)
+
+
+def test_it_dreams_on_top_by_weight(small, photos):
+    cat = photos("chelsea.png")
+    norms = []
+    for weight in (0.0, 1.0, 10.0):
+        picture = torch.from_numpy(made(run_once(quick(dream=weight, dream_layer="features.4"), small, cat)))[None]
+        norms.append(float(small.activations(picture, ["features.4"])["features.4"].square().sum()))
+    assert norms[0] < norms[1] < norms[2]
+    assert np.array_equal(made(run_once(quick(dream=0.0, dream_layer="features.4"), small, cat)), made(run_once(quick(), small, cat)))
+
+
+def test_pictures_keep_their_shapes_and_frames_are_cut_off(small, photos):
+    result = run_once(quick(steps=2), small, photos("chelsea.png", "astronaut.png"))
+    assert table(result, "transfer-1").data.shape[2:] == (32, 48)
+    assert table(result, "transfer-2").data.shape[2:] == (48, 48)
+    x = torch.rand(1, 3, 9, 11)
+    assert torch.equal(unframed(framed(x)), x)
+
+
+def test_progress_is_kept_every_hundred_steps(small, photos):
+    result = run_once(quick(steps=200, size=32), small, photos("chelsea.png"))
+    assert table(result, "progress-1").captions == ("step 100", "step 200")
+
+
+def test_bad_styles_and_pictures_are_told(small, squeezenet, photos, tmp_path):
+    cat = photos("chelsea.png")
+    with pytest.raises(HarnessError, match="no picture 'brik.png'; did you mean"):
+        run_once(quick(style=("textures:brik.png",)), small, cat)
+    with pytest.raises(HarnessError, match="no picture"):
+        run_once(quick(style=(str(tmp_path / "none.png"),)), small, cat)
+    Image.new("RGB", (60, 60), (10, 200, 30)).save(tmp_path / "flat.png")
+    flat = run_once(quick(style=(str(tmp_path / "flat.png"),)), small, cat)
+    assert any("one colour everywhere" in note for note in flat.notes)
+    with pytest.raises(ConfigError, match=r"style_transfer.style: at .* raise style_scale or size"):
+        run_once(StyleTransfer(style=(IHC,), size=96, coarse=0, steps=1, style_scale=(0.2,)), squeezenet, cat)
+    with pytest.raises(NotApplicable, match="too small|smaller than"):
+        run_once(StyleTransfer(style=(IHC,), size=8, steps=1), squeezenet, cat)
+    lost = run_once(quick(content_weight=1e38, style_weight=(1e38,), optimiser="adam", step_size=1e9, steps=25), small, cat)
+    assert np.isfinite(made(lost)).all()
+    assert any("stopped being finite" in note for note in lost.notes)
+    for wrong in ({"blend": [1, 2]}, {"style_weight": [-1]}, {"layer_weights": [1.0]}, {"blend": [0.0]}):
+        with pytest.raises(ConfigError):
+            StyleTransfer.build(wrong)
+
+
+# -- textures pixel by pixel -----------------------------------------------------------------------------------------------
+
+
+def sample_of(name, size=64):
+    from skimage import data
+
+    return np.asarray(Image.fromarray(getattr(data, name)()).resize((size, size), Image.Resampling.LANCZOS), np.float32)[..., None] / 255
+
+
+@pytest.mark.parametrize("size", [3, 5, 9])
+def test_the_neighbourhood_is_what_raster_order_has_passed(size):
+    places = causal(size)
+    assert len(places) == len(set(places)) == (size * size - 1) // 2
+    assert all(dy < 0 or (dy == 0 and dx < 0) for dy, dx in places)
+
+
+def test_every_pixel_comes_from_the_sample_and_the_tree_finds_nearly_the_best():
+    sample = sample_of("gravel")
+    found = {s: synthesise(sample, 48, 48, size=5, levels=2, search=s, random=np.random.default_rng(0)) for s in ("tsvq", "exhaustive")}
+    for made_ in found.values():
+        assert set(made_.image.ravel().tolist()) <= set(sample.ravel().tolist())
+        assert made_.image.shape == (48, 48, 1)
+    assert found["exhaustive"].cost <= 1.05 * found["tsvq"].cost
+    assert found["tsvq"].cost <= 1.5 * found["exhaustive"].cost
+    again = synthesise(sample, 48, 48, size=5, levels=2, search="tsvq", random=np.random.default_rng(0))
+    assert np.array_equal(again.image, found["tsvq"].image)
+
+
+def test_a_tree_with_all_its_leaves_is_exact_and_looks_at_few_with_one():
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(2000, 12)).astype(np.float32)
+    queries = random.normal(size=(50, 12)).astype(np.float32)
+    brute = [int(np.square(vectors - q).sum(1).argmin()) for q in queries]
+    whole, one, plain = Tree(vectors, leaves=10_000), Tree(vectors), Exhaustive(vectors)
+    assert [whole.nearest(q) for q in queries] == brute
+    assert [plain.nearest(q) for q in queries] == brute
+    distances = [
+        np.square(vectors[one.nearest(q)] - q).sum() / np.square(vectors[b] - q).sum() for q, b in zip(queries, brute, strict=True)
+    ]
+    assert np.median(distances) < 2
+    assert max(len(rows) for rows in one.rows) <= one.leaf
+    assert sorted(np.concatenate(one.rows).tolist()) == list(range(2000))
+    alike = Tree(np.ones((500, 3), np.float32))
+    assert 0 <= alike.nearest(np.ones(3, np.float32)) < 500
+
+
+def test_a_constant_sample_stays_constant_and_a_texture_tiles():
+    flat = np.full((24, 24, 3), 0.25, np.float32)
+    assert (synthesise(flat, 20, 22, size=5, levels=2, random=np.random.default_rng(0)).image == 0.25).all()
+    seams = [
+        seam(synthesise(sample_of(name, 96), 96, 96, size=9, levels=4, random=np.random.default_rng(s)).image)
+        for name in ("gravel", "grass")
+        for s in range(3)
+    ]
+    assert np.mean(seams) == pytest.approx(1, abs=0.1)
+
+
+def test_the_technique_makes_textures_of_any_model(digits_cnn, registry):
+    data = load_dataset("textures", registry).select(indices=[0])
+    result = run_once(WeiLevoyTexture(sample_size=40, size=24, window=5, levels=2, compare=True), digits_cnn, data)
+    assert [row[1] for row in table(result, "textures").rows] == ["tsvq", "exhaustive"]
+    assert table(result, "texture-1").data.shape[0] == 3
+    assert any("times as long as the tree" in note for note in result.notes)
+    with pytest.raises(NotApplicable, match="too few windows"):
+        run_once(WeiLevoyTexture(window=41, sample_size=32), digits_cnn, data)
+
+
+# -- styles in one pass ----------------------------------------------------------------------------------------------------
+
+
+def test_the_network_is_johnsons_and_a_style_is_3200_numbers():
+    count = [sum(p.numel() for p in TransformNet(styles=s).parameters()) for s in (1, 2)]
+    assert count == [1_679_235, 1_679_235 + 3_200]
+    net = TransformNet(width=4, blocks=1)
+    for height, width in ((16, 16), (37, 50), (21, 18)):
+        made_ = net(torch.rand(2, 3, height, width))
+        assert made_.shape == (2, 3, height, width)
+        assert made_.min() >= 0
+        assert made_.max() <= 1
+
+
+def test_conditional_instance_norm_is_instance_norm_by_rows():
+    x = torch.randn((3, 6, 9, 8), generator=torch.Generator().manual_seed(0)) * 3 + 1
+    norm = ConditionalInstanceNorm(6, 4)
+    with torch.no_grad():
+        norm.gamma.copy_(torch.rand(4, 6, generator=torch.Generator().manual_seed(1)))
+        norm.beta.copy_(torch.rand(4, 6, generator=torch.Generator().manual_seed(2)))
+    outputs = []
+    for style in range(4):
+        peer = nn.InstanceNorm2d(6, affine=True)
+        with torch.no_grad():
+            peer.weight.copy_(norm.gamma[style])
+            peer.bias.copy_(norm.beta[style])
+        mix = nn.functional.one_hot(torch.tensor([style] * 3), 4).float()
+        outputs.append(norm(x, mix))
+        torch.testing.assert_close(outputs[-1], peer(x), rtol=0, atol=1e-6)
+    mixed = norm(x, torch.tensor([[0.25, 0.0, 0.75, 0.0]]).expand(3, -1))
+    torch.testing.assert_close(mixed, 0.25 * outputs[0] + 0.75 * outputs[2], rtol=0, atol=1e-5)
+    plain = ConditionalInstanceNorm(6)
+    one = torch.ones(3, 1)
+    torch.testing.assert_close(plain(5 * x + 2, one), plain(x, one), rtol=0, atol=1e-4)
+    normed = plain(x, one).flatten(2)
+    assert normed.mean(2).abs().max() < 1e-5
+    assert (normed.var(2, unbiased=False) - 1).abs().max() < 1e-3
+
+
+def recipe(**more):
+    words = {
+        "encoder": "snow_cnn", "content_layer": "features.4", "style_layers": ["features.1", "features.4"], "styles": [IHC], "dataset": "photos",
+        "steps": 8, "batch_size": 2, "crop": 32, "style_size": 48, "width": 4, "blocks": 1, "learning_rate": 0.01, **more,
+    }  # fmt: skip
+    return StylerRecipe(**words)
+
+
+def test_training_goes_on_where_it_stopped(registry, tmp_path, monkeypatch):
+    """Eight steps at once, and four, an interruption and four more, give the same network."""
+    whole = trainer.train_styler("a", recipe(), registry, tmp_path / "whole", "cpu")
+    monkeypatch.setattr(trainer, "SAVED", 4)
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(what, done, total):
+        if done == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        trainer.train_styler("a", recipe(), registry, tmp_path / "parts", "cpu", interrupt)
+    assert (tmp_path / "parts" / "a.state.safetensors").is_file()
+    seen = []
+    parts = trainer.train_styler("a", recipe(), registry, tmp_path / "parts", "cpu", lambda _, done, __: seen.append(done))
+    assert seen == [5, 6, 7, 8]
+    assert parts[1]["losses"] == whole[1]["losses"]
+    assert parts[0].read_bytes() == whole[0].read_bytes()
+    assert not (tmp_path / "parts" / "a.state.safetensors").exists()
+
+
+def test_training_lowers_the_loss_and_a_new_style_touches_its_own_rows_alone(registry, tmp_path):
+    from harness.registry import load_registry
+
+    path, card = trainer.train_styler("two", recipe(steps=60, styles=[IHC, BRICK]), registry, tmp_path, "cpu")
+    assert card["styles"] == ["ihc", "brick"]
+    assert card["losses"]["style"][-1] < 0.8 * card["losses"]["style"][0]
+    more = load_registry([path.with_suffix(".yaml")])
+    further, card = trainer.train_styler("three", recipe(steps=20, styles=[GRAVEL], base="two", learning_rate=0.05), more, tmp_path, "cpu")
+    assert card["styles"] == ["ihc", "brick", "gravel"]
+    more = load_registry([path.with_suffix(".yaml"), further.with_suffix(".yaml")])
+    old, new = load_styler("two", more), load_styler("three", more)
+    for name, value in old.module.state_dict().items():
+        after = new.module.state_dict()[name]
+        assert torch.equal(after[: len(value)] if name.endswith(("gamma", "beta")) else after, value), name
+    x = torch.rand((1, 3, 24, 24), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(old(x, [0, 1]), new(x, [0, 1, 0]), atol=1e-6)
+    mean = [(new.module.row(0)[i] + new.module.row(1)[i]) / 2 for i in range(len(new.module.row(0)))]
+    assert not any(torch.equal(a, b) for a, b in zip(new.module.row(2), mean, strict=True))  # began there, and learnt
+
+
+def test_batch_norm_learns_no_further_style(registry, tmp_path):
+    from harness.registry import load_registry
+
+    path, _ = trainer.train_styler("b", recipe(steps=2, norm="batch"), registry, tmp_path, "cpu")
+    with pytest.raises(ConfigError, match="batch norm"):
+        trainer.train_styler("c", recipe(base="b"), load_registry([path.with_suffix(".yaml")]), tmp_path, "cpu")
+
+
+@pytest.mark.timeout(120)
+def test_the_network_that_comes_along_carries_its_style(squeezenet, registry, photos):
+    result = run_once(FastStyleTransfer(size=160, steps=20), squeezenet, photos("chelsea.png"))
+    sheet = table(result, "transfer-1")
+    assert len(sheet.data) == 4
+    found = registry.styler_recipes["ihc_style"]
+    task = trainer.task_of(found, registry, "cpu", squeezenet)
+    content, fast = (torch.from_numpy(sheet.data[i : i + 1]) for i in (0, 2))
+    zero = torch.zeros(1, dtype=torch.int64)
+    before, after = (task.losses(p, content, zero) for p in (content, fast))
+    assert float(after["style"]) < 0.35 * float(before["style"])
+    assert float(after["content"]) < 1.2
+    assert metric(result, "loss").value == pytest.approx(float(task.total(after)), rel=0.02)
+    assert any("over that of one pass" in note for note in result.notes)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("compare", ["norm", "loss"])
+def test_norms_and_losses_are_compared(compare, squeezenet, photos):
+    technique = FastStyleTransfer(size=64, steps=0, compare=compare, train_steps=12)
+    result = run_once(technique, squeezenet, photos("chelsea.png", "coffee.png"))
+    title = "norm" if compare == "norm" else "losses"
+    lines = table(result, f"training_{title}").lines
+    assert set(lines) == ({"instance", "batch"} if compare == "norm" else {"features", "pixels"})
+    assert table(result, f"trained_{title}").data.shape[0] == 6
+
+
+def test_one_network_makes_several_styles_and_what_lies_between(squeezenet, photos):
+    result = run_once(MultiStyleTransfer(size=64, between=(1, 2), stages=3), squeezenet, photos("chelsea.png"))
+    styles, between = table(result, "styles-1"), table(result, "between-1")
+    assert styles.captions == ("chelsea.png", "ihc", "brick", "gravel", "grass")
+    assert np.abs(between.data[0] - styles.data[2]).max() < 0.01
+    assert np.abs(between.data[2] - styles.data[3]).max() < 0.01
+    assert metric(result, "apart").value > 0.05
+    with pytest.raises(ConfigError, match="has 4 styles"):
+        run_once(MultiStyleTransfer(between=(0, 4)), squeezenet, photos("chelsea.png"))
+    with pytest.raises(HarnessError, match="no styler 'four_style'; did you mean"):
+        run_once(MultiStyleTransfer(styler="four_style"), squeezenet, photos("chelsea.png"))
+
+
+# -- enlargement -----------------------------------------------------------------------------------------------------------
+
+
+def test_qualities_are_skimages_and_small_pictures_are_blurred_first():
+    one, two = (torch.rand((1, 3, 32, 40), generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    a, b = one[0].numpy(), two[0].numpy()
+    assert signal_to_noise(one, two)[0] == pytest.approx(peak_signal_noise_ratio(b, a, data_range=1.0), abs=1e-6)
+    assert similarity(one, two)[0] == pytest.approx(structural_similarity(a, b, channel_axis=0, data_range=1.0), abs=1e-6)
+    blurred = torch.from_numpy(gaussian_filter(a, (0, 1, 1), mode="nearest"))[None]
+    plain = nn.functional.interpolate(blurred, scale_factor=0.25, mode="bicubic", align_corners=False).clamp(0, 1)
+    torch.testing.assert_close(degraded(one), plain, rtol=0, atol=1e-5)
+
+
+def test_tiles_change_nothing():
+    torch.manual_seed(0)
+    net = SuperResolutionNet(width=6, blocks=3)
+    nn.init.normal_(net.out.weight, std=0.1)
+    x = torch.rand((1, 3, 45, 38), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = net(x)
+    torch.testing.assert_close(tiled(net, x, 16), whole, rtol=0, atol=1e-5)
+    assert SuperResolutionNet()(x).sub(nn.functional.interpolate(x, scale_factor=4.0, mode="bicubic", align_corners=False)).abs().max() == 0
+
+
+@pytest.mark.timeout(200)
+def test_pixels_win_on_pixels_and_features_on_features(squeezenet, registry):
+    data = load_dataset("more_photos", registry)
+    result = run_once(SuperResolution(steps=50, size=128, crop=64, batch=4, width=16), squeezenet, data)
+    found = {(key, way): metric(result, f"{key}_{way}").value for key in ("psnr", "distance") for way in ("bicubic", "pixels", "features")}
+    assert found["psnr", "pixels"] > found["psnr", "bicubic"] > found["psnr", "features"]
+    assert found["distance", "features"] < found["distance", "pixels"]
+    assert found["distance", "features"] < found["distance", "bicubic"]
+
+
+def test_too_few_pictures_are_told(squeezenet, photos):
+    with pytest.raises(NotApplicable, match="five pictures"):
+        run_once(SuperResolution(), squeezenet, photos("chelsea.png"))
+
+
+def test_a_grey_network_has_no_use_for_stylers(registry, digits_cnn):
+    data = load_dataset("digits", registry).select(5)
+    for technique in (FastStyleTransfer(), MultiStyleTransfer()):
+        with pytest.raises(NotApplicable, match="colour"):
+            run_once(technique, digits_cnn, data)
+    model = LoadedModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), InputSpec(channels=1, size=8, mean=(0.0,), std=(1.0,)), "linear")
+    with pytest.raises(NotApplicable, match="convolutions"):
+        run_once(GramMatrix(), model, data)
