@@ -200,17 +200,17 @@ def style(registry: Registry) -> None:
     hand = package_pictures("skimage/data", "hand", DatasetEntry(source="package:skimage/data", files=["text.png"], unlabelled=True))
     tiles = []
     for data, window in ((some(textures, "brick.png"), 11), (some(textures, "grass.png", "gravel.png"), 9), (hand, 9)):
-        for sheet in sheets(WeiLevoyTexture(window=window, levels=4, sample_size=128), data, "texture"):
+        for sheet in sheets(WeiLevoyTexture(window=window, levels=4, leaves=8), data, "texture"):
             tiles += [np.asarray(Image.fromarray(colour.picture(p)).resize((p.shape[2] * 2, p.shape[1] * 2), 0)) for p in sheet]
     save(colour.sheet(tiles, 4, 4), "pixel_textures.jpg")
     rows = sheets(NeuralTexture(depths=4), some(textures, "brick.png", "gravel.png"), "texture")
     save(colour.sheet([colour.picture(p) for sheet in rows for p in sheet], 5, 4), "network_textures.jpg")
     three = some(photos, "chelsea.png", "coffee.png", "rocket.jpg")
     columns = [sheets(StyleTransfer(style=(f"textures:{n}.png",), size=256), three, "transfer") for n in ("ihc", "brick")]
-    pictures = [p for one, two in zip(*columns, strict=True) for p in (one[0], one[-1], two[-1])]
-    save(colour.sheet([colour.picture(p) for p in pictures], 3, 4), "transferred.jpg")
+    lines = [beside([colour.picture(p) for p in (one[0], one[-1], two[-1])], 4) for one, two in zip(*columns, strict=True)]
+    save(np.concatenate(lines), "transferred.jpg")
     fast = sheets(FastStyleTransfer(steps=100), some(photos, "chelsea.png", "astronaut.png", "camera.png"), "transfer")
-    save(colour.sheet([colour.picture(p) for sheet in fast for p in (sheet[0], sheet[2], sheet[3])], 3, 4), "fast.jpg")
+    save(np.concatenate([beside([colour.picture(p) for p in (sheet[0], sheet[2], sheet[3])], 4) for sheet in fast]), "fast.jpg")
     several = MultiStyleTransfer(size=200)
     four, between = (sheets(several, some(photos, "chelsea.png"), n)[0] for n in ("styles", "between"))
     save(colour.sheet([colour.picture(p) for p in (*four, *between)], 5, 4), "four_styles.jpg")

@@ -37,7 +37,7 @@ class WeiLevoyTexture(Technique):
     window: int = Param(9, ge=3, le=41, description="side of the neighbourhood; made odd")
     levels: int = Param(3, ge=1, le=8, description="levels of the pyramid; fewer where the sample is too small")
     search: Literal["tsvq", "exhaustive"] = Param("tsvq", description="how the most alike is found: by a tree, or by comparing with all")
-    leaves: int = Param(1, ge=1, le=1000, description="tsvq: leaves of the tree that are looked at")
+    leaves: int = Param(4, ge=1, le=1000, description="tsvq: leaves of the tree that are looked at; one is fastest, and coarser")
     compare: bool = Param(False, description="make it by both searches, and compare their time and how well they match")
     sample_size: int = Param(128, ge=8, le=2048, description="longer side of the sample; larger ones are made smaller")
     size: int = Param(128, ge=8, le=2048, description="side of the texture that is made")

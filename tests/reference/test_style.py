@@ -527,7 +527,7 @@ def test_tiles_change_nothing():
 @pytest.mark.timeout(200)
 def test_pixels_win_on_pixels_and_features_on_features(squeezenet, registry):
     data = load_dataset("more_photos", registry)
-    result = run_once(SuperResolution(steps=50, size=128, crop=64, batch=4, width=16), squeezenet, data)
+    result = run_once(SuperResolution(steps=100, size=192, crop=96, batch=4, width=16), squeezenet, data)
     found = {(key, way): metric(result, f"{key}_{way}").value for key in ("psnr", "distance") for way in ("bicubic", "pixels", "features")}
     assert found["psnr", "pixels"] > found["psnr", "bicubic"] > found["psnr", "features"]
     assert found["distance", "features"] < found["distance", "pixels"]
