@@ -38,7 +38,7 @@ def test_it_holds_what_is_needed_and_no_more(unpacked):
         "harness_saliency/occlusion.py",
     } <= files
     assert not [f for f in files if f.startswith(("tests", "bench", "docs", "examples"))]
-    assert sum((unpacked / f).stat().st_size for f in files) < 2_000_000
+    assert sum((unpacked / f).stat().st_size for f in files) < 6_500_000  # two networks of styles are 3.4 MB of it
 
 
 def test_it_audits_from_another_folder(unpacked, tmp_path):
