@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from harness import Context
 
 Method = Literal["deepfool", "deepfool_linf", "lbfgs"]
+SHOWN = 8  # pictures that are drawn; the table has all
 WORDS = {"deepfool": "DeepFool, L2", "deepfool_linf": "DeepFool, L-inf", "lbfgs": "L-BFGS"}
 
 
@@ -86,7 +87,7 @@ class MinimalPerturbation(Technique):
         for method, found in made.items():
             delta = found.images - images
             sheet, captions = [], []
-            for i in range(len(images)):
+            for i in range(min(SHOWN, len(images))):
                 factor = AMPLIFIED if float(delta[i].abs().max()) * AMPLIFIED > 0.1 else 100
                 sheet += [images[i], found.images[i], (0.5 + factor * delta[i]).clamp(0, 1)]
                 captions += [
