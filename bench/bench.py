@@ -302,13 +302,13 @@ def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
         adam = torch.optim.Adam([leaf], lr=0.05)
         for _ in range(steps):
             adam.zero_grad()
-            (-model(leaf)[:, 1].sum()).backward()  # type: ignore[no-untyped-call]
+            (-model(leaf)[:, 1].sum()).backward()
             adam.step()
 
     def loop(steps: int, rule: str) -> None:
         draws = Draws(["a", "b"], model.device, model.dtype, 0)
         classes = torch.ones(2, dtype=torch.int64)
-        o.ascend(model, o.class_score(classes), photo, steps=steps, step_size=0.05, draws=draws, rule=rule)  # type: ignore[arg-type]
+        o.ascend(model, o.class_score(classes), photo, steps=steps, step_size=0.05, draws=draws, rule=rule)
 
     def classes(steps: int, count: int) -> None:
         build("class_visualization").build({"classes": list(range(count)), "steps": steps}).run(context(model, photo, "c", count))
@@ -453,7 +453,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
 
     def ours(steps: int, rule: str) -> None:
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
-        o.ascend(model, objective, images, steps=steps, step_size=0.02, rule=rule, draws=draws, operators=[o.Clamp()])  # type: ignore[arg-type]
+        o.ascend(model, objective, images, steps=steps, step_size=0.02, rule=rule, draws=draws, operators=[o.Clamp()])
 
     def plain(steps: int) -> None:
         """As it is commonly written: squared errors of Gram matrices, torch's own L-BFGS, one evaluation a step."""
@@ -479,10 +479,10 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
 
     contenders: dict[str, Work] = {}
     for steps in (5, 15):
-        contenders[f"raw {steps}"] = lambda n=steps: passes(n)  # type: ignore[misc]
-        contenders[f"lbfgs {steps}"] = lambda n=steps: ours(n, "lbfgs")  # type: ignore[misc]
-        contenders[f"adam {steps}"] = lambda n=steps: ours(n, "adam")  # type: ignore[misc]
-        contenders[f"plain {steps}"] = lambda n=steps: plain(n)  # type: ignore[misc]
+        contenders[f"raw {steps}"] = lambda n=steps: passes(n)
+        contenders[f"lbfgs {steps}"] = lambda n=steps: ours(n, "lbfgs")
+        contenders[f"adam {steps}"] = lambda n=steps: ours(n, "adam")
+        contenders[f"plain {steps}"] = lambda n=steps: plain(n)
     t = turns(contenders, rounds)
 
     def step(name: str) -> float:

@@ -15,6 +15,8 @@ from .targets import Target, resolve
 from .technique import TargetSpec, Used
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from PIL import Image
 
@@ -51,10 +53,10 @@ class Draws:
         self._generators = [torch.Generator("cpu").manual_seed(stable_seed(*seed, i)) for i in self.ids]
 
     def _stack(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        drawn = torch.stack([draw(g) for g in self._generators])
+        found = torch.stack([draw(g) for g in self._generators])
         if self.device.type == "cuda":
-            drawn = drawn.pin_memory()  # else the copy would be waited for
-        return drawn.to(self.device, non_blocking=True)
+            found = found.pin_memory()  # else the copy would be waited for
+        return found.to(self.device, non_blocking=True)
 
     def randn(self, shape: Sequence[int]) -> Tensor:
         return self._stack(lambda g: torch.randn(tuple(shape), generator=g, device="cpu", dtype=self.dtype))
@@ -191,17 +193,13 @@ class Context:
         """A dataset that the technique names in `further()`."""
         from .datasets import load_dataset
 
-        if self._registry is None:
-            raise HarnessError(f"dataset {name!r}: this context was made without a registry")
-        return load_dataset(name, self._registry)
+        return load_dataset(name, self.registry)
 
-    def named_picture(self, name: str) -> Image.Image:
-        """A picture named as DATASET:ID or by its path, mode L or RGB; `further()` must name the dataset or the file."""
+    def named_picture(self, name: str, folder: Path | None = None) -> Image.Image:
+        """A picture that the technique names in `further()`, as DATASET:ID or by its path (from `folder`), mode L or RGB."""
         from .datasets import named_picture
 
-        if self._registry is None:
-            raise HarnessError(f"picture {name!r}: this context was made without a registry")
-        return named_picture(name, self._registry)
+        return named_picture(name, self.registry, folder)
 
     def styler(self, name: str) -> LoadedStyler:
         """A network that makes pictures in styles, which the technique names in `further()`."""
@@ -220,10 +218,8 @@ class Context:
         return self.registry.styler_recipes.get(self.registry.styler(name).recipe)
 
     def _loaded(self, kind: str, name: str, load: Callable[[Registry], Any]) -> Any:
-        if self._registry is None:
-            raise HarnessError(f"{kind} {name!r}: this context was made without a registry")
         if (kind, name) not in self._further:
-            self._further[kind, name] = build_network(load, self._registry)
+            self._further[kind, name] = build_network(load, self.registry)
         return self._further[kind, name]
 
     # -- what others have found ------------------------------------------------------------------------------------

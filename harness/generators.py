@@ -78,14 +78,12 @@ class LoadedGenerator:
     @property
     def low(self) -> Tensor:
         """Least value of each unit of a code, in a shape that fits codes (N, *code)."""
-        found: Tensor = self.module.low  # type: ignore[assignment]
-        return found
+        return self.module.get_buffer("low")
 
     @property
     def high(self) -> Tensor:
         """Largest value of each unit."""
-        found: Tensor = self.module.high  # type: ignore[assignment]
-        return found
+        return self.module.get_buffer("high")
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Pictures (N, C, H, W) in [0, 1] of codes (N, *code)."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import __version__
 from .artifacts import Heatmaps, Images
-from .datasets import Dataset, load_dataset
+from .datasets import Dataset, load_dataset, picture_place
 from .device import device_kind, device_settings, peak_memory
 from .errors import ConfigError, HarnessError, NotApplicable, StorageError, TrackingError, WeightsError
 from .experiment import PICTURES, Experiment, RunSpec
@@ -179,11 +179,24 @@ class Runner:
             facts = entry.model_dump(mode="json", exclude={"description", "license", "source_url", "file", "recipe", "weights", "sha256"})
             found.append([kind, name, facts, code, self._further_hashes[kind, name]])
         found += [["dataset", name, self._dataset(name).fingerprint] for name in wanted.datasets]
-        for path in wanted.files:
-            if not Path(path).is_file():
-                raise ConfigError(f"{technique.name}: there is no file {path!r}")
-            found.append(["file", sha256_file(Path(path))])
+        found += [self._picture(technique.name, name) for name in wanted.pictures]
+        for _, name, entry in stylers:  # the losses by which its pictures are judged
+            recipe = self.registry.styler_recipes.get(entry.recipe)
+            if recipe is not None:
+                found.append(["styler_recipe", name, recipe.model_dump(mode="json", exclude={"description"})])
+                found += [self._picture(technique.name, style, recipe.folder) for style in recipe.styles]
         return found
+
+    def _picture(self, technique: str, name: str, folder: Path = Path()) -> list[Any]:
+        place = picture_place(name)
+        if place is not None:
+            return ["picture", name, self._dataset(place[0]).fingerprint]
+        path = folder / Path(name).expanduser()
+        if not path.is_file():
+            raise ConfigError(
+                f"{technique}: there is no file {str(path)!r}; name a picture of a dataset as DATASET:ID, or the path of a file"
+            )
+        return ["picture", sha256_file(path)]
 
     def _dataset(self, name: str) -> Dataset:
         if name not in self._datasets:

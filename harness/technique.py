@@ -128,7 +128,7 @@ class Further:
     generators: Sequence[str] = ()
     stylers: Sequence[str] = ()
     datasets: Sequence[str] = ()
-    files: Sequence[str] = ()  # paths, whose contents then belong to the run's key
+    pictures: Sequence[str] = ()  # as DATASET:ID, or paths; their contents then belong to the run's key
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import yamlfile
 from .context import stable_seed, to_images
-from .datasets import Dataset, at_size, load_dataset, named_picture
+from .datasets import Dataset, at_size, load_dataset, named_picture, picture_place
 from .device import device_kind, device_settings
 from .errors import ConfigError
 from .models import LoadedModel, load_model
@@ -133,8 +133,14 @@ def train_styler(
     with writing(folder / f"{name}.json") as temporary:
         write_json(temporary, card)
     entry = {"builder": BUILDER, "args": args, "weights": f"file:{path.name}", "sha256": sha, "styles": names}
+    registry_file: dict[str, Any] = {"stylers": {name: entry}}
+    if not recipe.base:  # by whose losses fast and slow are compared; it counts its styles as the network does
+        entry["recipe"] = name
+        own = recipe.model_dump(mode="json", exclude_defaults=True)
+        own["styles"] = [s if picture_place(s) else str((recipe.folder / Path(s).expanduser()).absolute()) for s in recipe.styles]
+        registry_file["styler_recipes"] = {name: own}
     with writing(folder / f"{name}.yaml") as temporary:
-        temporary.write_text(yamlfile.written({"stylers": {name: entry}}))
+        temporary.write_text(yamlfile.written(registry_file))
     (folder / f"{name}.state.safetensors").unlink(missing_ok=True)
     return path, card
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -31,13 +31,13 @@ def interval_text(hits: np.ndarray) -> str:
     return f"95 % interval {low:.3f} to {high:.3f}"
 
 
-def rate(name: str, hits: np.ndarray, about: str, more: str = "", better: str = "higher") -> Metric:
+def rate(name: str, hits: np.ndarray, about: str, more: str = "", better: Literal["higher", "lower"] = "higher") -> Metric:
     """A share of pictures as a metric, with the count and the interval."""
     from harness import Metric
 
     low, high = interval(hits)
     detail = f"{int(hits.sum())} of {len(hits)}, {low:.3f} to {high:.3f}" + (f", {more}" if more else "")
-    return Metric(name, float(hits.mean()), better=better, per_image=hits.astype(float).tolist(), about=about, detail=detail)  # type: ignore[arg-type]
+    return Metric(name, float(hits.mean()), better=better, per_image=hits.astype(float).tolist(), about=about, detail=detail)
 
 
 def tell_difference(delta: Tensor, factor: int) -> str:

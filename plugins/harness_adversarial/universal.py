@@ -84,9 +84,8 @@ def universal_gradient(
     longer counts (as Shafahi et al. 2020, arXiv:1811.11304, cut their loss). Pictures are mirrored and rolled by up to the share `shift`
     of their side at random, so that few go a long way.
 
-    images (N, C, H, W) in [0, 1], uint8 or floating; noise (C, H, W); `step` as a share of eps; at most `chunk` pictures
-    are in flight. Cost: a forward pass, and one forward
-    and one backward pass, a picture and pass.
+    images (N, C, H, W) in [0, 1], uint8 or floating; noise (C, H, W); `step` as a share of eps; at most `chunk` pictures are in
+    flight. Cost: a forward pass, and one forward and one backward pass, a picture and pass.
     """
     import torch
 

@@ -52,10 +52,7 @@ class FastStyleTransfer(Technique):
     train_steps: int = Param(300, ge=1, le=1_000_000, description="compare: training steps of each")
 
     def further(self) -> Further:
-        from harness.technique import Further
-
-        # The pictures of the packaged recipes' styles; a styler of one's own names its style in its recipe's card.
-        return Further(stylers=[self.styler], datasets=["textures"])
+        return Further(stylers=[self.styler])
 
     def run(self, ctx: Context) -> Result:
         import torch
@@ -90,13 +87,15 @@ class FastStyleTransfer(Technique):
                 captions[1] = f"one pass: {seconds:.3g} s, loss {loss:.3g}"
                 finals["fast"].append(loss)
                 if self.steps:
-                    slow, steps, took = self._slow(ctx, task, content, name)
+                    begun = time.perf_counter()
+                    slow = descend(ctx, task, content, self.steps, name).clamp(0, 1)
+                    took = time.perf_counter() - begun
                     final = float(task.total(task.losses(slow, content, torch.zeros(1, dtype=torch.int64, device=ctx.device))))
-                    rows.append([name, f"{steps} steps", final])
+                    rows.append([name, f"{self.steps} steps", final])
                     finals["slow"].append(final)
                     ratios.append(took / seconds)
                     sheet.append(slow)
-                    captions.append(f"{steps} steps: {took:.3g} s, loss {final:.3g}")
+                    captions.append(f"{self.steps} steps: {took:.3g} s, loss {final:.3g}")
                 assert picture is not None
                 sheet.insert(1, padded(picture, content.shape[2], content.shape[3], content))
                 captions.insert(1, styler.styles[self.style])
@@ -119,12 +118,6 @@ class FastStyleTransfer(Technique):
             artifacts += found
             metrics += last
         return Result(artifacts, metrics, notes)
-
-    def _slow(self, ctx: Context, task: Task, content: Tensor, name: str) -> tuple[Tensor, int, float]:
-        """(picture, steps, seconds) of descent on the styler's own loss."""
-        begun = time.perf_counter()
-        part = descend(ctx, task, content, self.steps, name)
-        return part.clamp(0, 1), self.steps, time.perf_counter() - begun
 
     def _compared(self, ctx: Context, task: Task, recipe: StylerRecipe) -> tuple[list[Any], list[Metric]]:
         """Two networks trained alike but for their norm, or their loss."""
@@ -183,7 +176,7 @@ def style_task(ctx: Context, recipe: StylerRecipe, style: int) -> tuple[Task, Im
 
     one = recipe.model_copy(update={"styles": [recipe.styles[style]], "style_names": []})
     one._where, one._folder = recipe.where, recipe.folder
-    return task_of(one, ctx.registry, ctx.device.type, ctx.model), ctx.named_picture(recipe.styles[style])
+    return task_of(one, ctx.registry, ctx.device.type, ctx.model), ctx.named_picture(recipe.styles[style], recipe.folder)
 
 
 def descend(ctx: Context, task: Task, content: Tensor, steps: int, name: str) -> Tensor:

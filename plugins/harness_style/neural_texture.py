@@ -7,7 +7,7 @@ import numpy as np
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 from .gram import pooled, style_layers, targets_of
-from .pictures import eight_bits, framed, resized, tensor_of, unframed
+from .pictures import coarse_to_fine, eight_bits, framed, resized, tensor_of, unframed
 from .style_transfer import LEAST, flat, refusal
 
 if TYPE_CHECKING:
@@ -106,14 +106,12 @@ class NeuralTexture(Technique):
         from harness import optimise as o
 
         height, width = sample.shape[2:]
-        sizes = [(max(1, round(height / 2**k)), max(1, round(width / 2**k))) for k in range(self.coarse, -1, -1)]
-        sizes = [size for size in sizes if size == (height, width) or min(size) >= LEAST]
         draws = ctx.draws([name])
         image: Tensor | None = None
         scores: list[Tensor] = []
         shots: list[tuple[int, Tensor]] = []
         stopped = set[int]()
-        for tall, wide in sizes:
+        for tall, wide in coarse_to_fine(height, width, self.coarse, LEAST):
             small = resized(sample, tall, wide)
             objective = -o.style_error(targets_of(ctx.model, small, layers, self.pooling))
             if self.tv_weight:

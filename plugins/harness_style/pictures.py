@@ -9,19 +9,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness import Context
-    from harness.technique import Further
 
 NAMED = "a picture of a dataset as DATASET:ID (textures:brick.png), or the path of a file"
-
-
-def needed(names: tuple[str, ...]) -> Further:
-    """What the named pictures are taken from."""
-    from harness.datasets import picture_place
-    from harness.technique import Further
-
-    found = [(name, picture_place(name)) for name in names]
-    datasets = tuple(dict.fromkeys(place[0] for _, place in found if place))
-    return Further(datasets=datasets, files=tuple(name for name, place in found if not place))
 
 
 def tensor_of(ctx: Context, picture: Image.Image, size: int) -> Tensor:
@@ -35,6 +24,12 @@ def tensor_of(ctx: Context, picture: Image.Image, size: int) -> Tensor:
 def contents(ctx: Context, size: int) -> list[tuple[str, Tensor]]:
     """The run's own pictures, uncut, in their own shapes, the longer side `size` pixels."""
     return [(name, tensor_of(ctx, ctx.dataset.get(i), size)) for i, name in enumerate(ctx.ids)]
+
+
+def coarse_to_fine(height: int, width: int, halvings: int, least: int) -> list[tuple[int, int]]:
+    """(height, width) from the coarsest to the full size, each half of the next; none with a side below `least` but the last."""
+    sizes = [(max(1, round(height / 2**k)), max(1, round(width / 2**k))) for k in range(halvings, -1, -1)]
+    return [size for size in sizes if size == (height, width) or min(size) >= least]
 
 
 def resized(images: Tensor, height: int, width: int) -> Tensor:

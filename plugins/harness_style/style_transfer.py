@@ -9,7 +9,7 @@ from pydantic import model_validator
 from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 from .gram import features_of, pooled, style_layers, targets_of
-from .pictures import NAMED, contents, eight_bits, framed, needed, recoloured, resized, tensor_of, unframed
+from .pictures import NAMED, coarse_to_fine, contents, eight_bits, framed, recoloured, resized, tensor_of, unframed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,7 +95,9 @@ class StyleTransfer(Technique):
         return self
 
     def further(self) -> Further:
-        return needed(self.style)
+        from harness.technique import Further
+
+        return Further(pictures=self.style)
 
     def run(self, ctx: Context) -> Result:
         from harness_synthesis.blocks import blocks
@@ -106,7 +108,11 @@ class StyleTransfer(Technique):
         content = ctx.model.full_name(settings.content_layer) if settings.content_layer else every[round(0.4 * (len(every) - 1))]
         styles = [(name, ctx.named_picture(name)) for name in self.style]
         plans = [
-            Plan(f"style x {w:g}" if len(self.style_weight) > 1 else (f"scale {s:g}" if len(self.style_scale) > 1 else "result"), w, s)
+            Plan(
+                ", ".join([f"style x {w:g}"] * (len(self.style_weight) > 1) + [f"scale {s:g}"] * (len(self.style_scale) > 1)) or "result",
+                w,
+                s,
+            )
             for s in self.style_scale
             for w in self.style_weight
         ]
@@ -201,13 +207,11 @@ class Transfer:
     def run(self, picture: Tensor) -> Transferred:
         ctx, s = self.ctx, self.settings
         height, width = picture.shape[2:]
-        sizes = [(max(1, round(height / 2**k)), max(1, round(width / 2**k))) for k in range(s.coarse, -1, -1)]
-        sizes = [size for size in sizes if size == (height, width) or min(size) >= LEAST]
         draws = ctx.draws([self.stream])
         image: Tensor | None = None
         traces, stages, notes = [], [], []
         done = 0
-        for tall, wide in sizes:
+        for tall, wide in coarse_to_fine(height, width, s.coarse, LEAST):
             target = framed(resized(picture, tall, wide))
             objective = self._objective(target, max(tall, wide))
             if image is not None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -9,12 +9,13 @@ from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, 
 from .pictures import eight_bits, tensor_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from harness import Context
     from harness.stylers import SuperResolutionNet
 
 FACTOR = 4
+BETTER: dict[str, Literal["higher", "lower"]] = {"psnr": "higher", "ssim": "higher", "distance": "lower"}
 WAYS = ("bicubic", "pixels", "features")
 WORDS = {"bicubic": "bicubic", "pixels": "trained on pixels", "features": "trained on features"}
 
@@ -98,11 +99,11 @@ class SuperResolution(Technique):
                 "ssim": "structural similarity",
                 "distance": "relative squared distance of features",
             }
-            for key, better in (("psnr", "higher"), ("ssim", "higher"), ("distance", "lower")):
+            for key, better in BETTER.items():
                 values = found[way][key]
                 text = f"{about[key]}, {WORDS[way]}"
                 unit = "dB" if key == "psnr" else ""
-                metrics.append(Metric(f"{key}_{way}", float(np.mean(values)), unit, better, per_image=values, about=text))  # type: ignore[arg-type]
+                metrics.append(Metric(f"{key}_{way}", float(np.mean(values)), unit, better, per_image=values, about=text))
         notes = [f"trained on {len(train)} pictures, judged on {len(found['bicubic']['psnr'])} others; features of {layer}"]
         return Result(artifacts, metrics, notes)
 
@@ -167,11 +168,11 @@ def enlarged(small: Tensor) -> Tensor:
     return F.interpolate(small, scale_factor=float(FACTOR), mode="bicubic", align_corners=False)
 
 
-def tiled(net: nn.Module, small: Tensor, tile: int) -> Tensor:
+def tiled(net: SuperResolutionNet, small: Tensor, tile: int) -> Tensor:
     """What the network makes of a whole picture (1, C, h, w), a tile at a time: each is given all around it that its pixels depend on."""
     import torch
 
-    reach: int = net.reach  # type: ignore[assignment]
+    reach = net.reach
     height, width = small.shape[2:]
     made = small.new_zeros((*small.shape[:2], FACTOR * height, FACTOR * width))
     with torch.no_grad():

@@ -490,7 +490,9 @@ def test_a_style_of_ones_own(cli, tmp_path):
     out, _ = cli(*words)
     assert "harness -r made/mine.yaml run -m snow_cnn" in out
     run = ["-r", "r.yaml", "-r", "made/mine.yaml", "run", "-m", "snow_cnn", "-d", "photos", "--limit", 1, "-p", "styler=mine"]
-    cli(*run, "-t", "fast_style_transfer", "-p", "size=48")
+    made = cli(*run, "-t", "fast_style_transfer", "-p", "size=48", "-p", "steps=2")
+    assert "nothing is made slowly" not in "".join(made)  # its recipe comes along, by which fast and slow are compared
+    assert "reused" in cli(*run, "-t", "fast_style_transfer", "-p", "size=48", "-p", "steps=2")[1]
     assert "no styler 'mime'; did you mean 'mine'" in cli(*run[:-1], "styler=mime", "-t", "fast_style_transfer", code=2)[1]
     cli("-r", "r.yaml", "-r", "made/mine.yaml", "train", "tiny", "--base", "mine", "-n", "two", "-o", "made", "--device", "cpu")
     assert json.loads((tmp_path / "made" / "two.json").read_text())["styles"] == ["painting", "ihc"]
@@ -515,5 +517,6 @@ def test_a_style_of_ones_own(cli, tmp_path):
     cli(*slow, "-p", "style=painting.png")
     assert "reused" in cli(*slow, "-p", "style=painting.png")[1]
     Image.new("RGB", (48, 48), "red").save(tmp_path / "painting.png")
+    assert "reused" not in cli(*run, "-t", "fast_style_transfer", "-p", "size=48", "-p", "steps=2")[1]
     assert "reused" not in cli(*slow, "-p", "style=painting.png")[1]
     assert "there is no file 'none.png'" in cli(*slow, "-p", "style=none.png", code=2)[1]

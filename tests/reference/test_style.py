@@ -35,7 +35,7 @@ from harness_style.neural_texture import correlation_length
 from harness_style.pictures import framed, recoloured, unframed
 from harness_style.super_resolution import degraded, tiled
 from harness_style.tsvq import Exhaustive, Tree
-from harness_style.wei_levoy import causal, synthesise
+from harness_style.wei_levoy import _neighbourhoods, causal, synthesise
 from harness_style.wei_levoy_texture import seam
 from harness_synthesis.feature_inversion import signal_to_noise, similarity
 
@@ -213,8 +213,13 @@ def test_weights_scaled_together_change_nothing(small, photos):
     cat = photos("chelsea.png")
     one = run_once(quick(content_weight=1, style_weight=(8.0,), tv_weight=0.25), small, cat)
     two = run_once(quick(content_weight=4, style_weight=(32.0,), tv_weight=1.0), small, cat)
-    assert np.abs(made(one) - made(two)).max() < 0.02
-    assert np.abs(made(one) - made(one, 1) + table(one, "transfer-1").data[0] - made(one)).max() > 0.1  # and something was done
+    assert np.abs(made(one) - made(two)).max() < 0.005  # one 255th, and what rounding grows to in twelve steps
+    assert np.abs(made(one) - table(one, "transfer-1").data[0]).max() > 0.1  # and something was done
+
+
+def test_two_sweeps_at_once_keep_every_picture(small, photos):
+    result = run_once(quick(style_weight=(1.0, 10.0), style_scale=(1.0, 0.5), steps=2), small, photos("chelsea.png"))
+    assert len(table(result, "objective").lines) == len(table(result, "errors").rows) == 4
 
 
 def test_more_style_costs_content(small, photos):
@@ -317,7 +322,6 @@ def test_every_pixel_comes_from_the_sample_and_the_tree_finds_nearly_the_best():
     for made_ in found.values():
         assert set(made_.image.ravel().tolist()) <= set(sample.ravel().tolist())
         assert made_.image.shape == (48, 48, 1)
-    assert found["exhaustive"].cost <= 1.05 * found["tsvq"].cost
     assert found["tsvq"].cost <= 1.5 * found["exhaustive"].cost
     again = synthesise(sample, 48, 48, size=5, levels=2, search="tsvq", random=np.random.default_rng(0))
     assert np.array_equal(again.image, found["tsvq"].image)
@@ -339,6 +343,17 @@ def test_a_tree_with_all_its_leaves_is_exact_and_looks_at_few_with_one():
     assert sorted(np.concatenate(one.rows).tolist()) == list(range(2000))
     alike = Tree(np.ones((500, 3), np.float32))
     assert 0 <= alike.nearest(np.ones(3, np.float32)) < 500
+
+
+@pytest.mark.parametrize("name", ["brick", "grass", "gravel"])
+def test_for_the_same_surroundings_comparing_with_all_is_best_and_the_tree_not_far(name):
+    """Each search makes a picture of its own, so their costs are compared on surroundings that neither has made."""
+    picture = sample_of(name, 128)
+    (_, vectors), (_, queries) = (_neighbourhoods(part, None, causal(9), []) for part in (picture[:64], picture[64:]))
+    costs = [
+        np.mean([np.square(vectors[finder.nearest(q)] - q).sum() for q in queries[::9]]) for finder in (Exhaustive(vectors), Tree(vectors))
+    ]
+    assert costs[0] <= costs[1] <= 1.5 * costs[0]
 
 
 def test_a_constant_sample_stays_constant_and_a_texture_tiles():
