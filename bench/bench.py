@@ -280,7 +280,10 @@ def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     Steps are what a run of 30 takes longer than one of 20, so that what is done once a run does not count.
     """
     from harness import optimise as o
+    from harness.generators import LoadedGenerator, UpconvGenerator
+    from harness.registry import GeneratorEntry
     from harness_synthesis.blocks import blocks
+    from harness_synthesis.class_visualization import prior_widths
 
     names = blocks(model)
     layer = names[round(0.75 * (len(names) - 1))]
@@ -326,11 +329,38 @@ def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     def inversion(steps: int) -> None:
         build("feature_inversion").build({"steps": steps})._invert(ctx("feature_inversion"), layer)
 
+    def facets(steps: int) -> None:
+        """The second phase of the schedule, whose pictures are the largest; the crop the model sees is of its own size."""
+        from harness_synthesis.multifaceted import PHASES, climb
+
+        climb(ctx("multifaceted"), 1, photo, ["a", "b"], PHASES[1:2], steps, 0.0, None)
+
+    code = (512,)
+    module = UpconvGenerator(code, model.input.channels, model.input.size)
+    entry = GeneratorEntry(encoder=model.name, layer="penultimate", builder="harness.generators:UpconvGenerator", args={"code": list(code)})
+    generator = LoadedGenerator(module, entry, "untrained", model.device)
+    prior = o.DeepPrior(model.input.size, model.input.size, model.input.channels, prior_widths(model.input.size))
+    codes = torch.rand((2, *code), generator=torch.Generator().manual_seed(0))
+    networks = prior.start(Draws(["a", "b"], model.device, model.dtype, 0))
+
+    def codes_of(steps: int, of: LoadedGenerator | None) -> None:
+        technique = build("deep_generator").build({"classes": [0, 1], "steps": steps})
+        technique._climb(ctx("deep_generator"), technique._units(ctx("deep_generator")), of)
+
+    def through(steps: int, made_of: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor) -> None:
+        """Passes through what makes the pictures and the model."""
+        for _ in range(steps):
+            leaf = start.clone().requires_grad_()
+            torch.autograd.grad(model(made_of(leaf))[:, 0].sum(), leaf)
+
     work: dict[str, tuple[Callable[[int], object], str]] = {
         "class_visualization": (lambda n: classes(n, 2), ""),
         f"channel_visualization, {layer}": (channels, layer),
         f"deep_dream, {layer}": (dream, layer),
         f"feature_inversion, {layer}": (inversion, layer),
+        "multifaceted": (facets, ""),
+        "deep_generator, an untrained one": (partial(codes_of, of=None), "untrained"),
+        "deep_generator, codes": (partial(codes_of, of=generator), "codes"),
         "the loop with Adam": (lambda n: loop(n, "adam"), ""),
         "a loop written by hand with torch's Adam": (plain, ""),
     }
@@ -341,8 +371,11 @@ def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     contenders: dict[str, Work] = {}
     for name, (go, _) in work.items():
         contenders |= {f"{name} {few}": partial(go, few), f"{name} {many}": partial(go, many)}
-    for to in ("", layer):
-        contenders |= {f"raw {to} {n}": partial(passes, n, to) for n in (few, many)}
+    for n in (few, many):
+        contenders |= {f"raw {to} {n}": partial(passes, n, to) for to in ("", layer)}
+        contenders[f"raw untrained {n}"] = partial(through, n, prior.images, networks)
+        contenders[f"raw codes {n}"] = partial(through, n, generator, codes)
+        contenders |= {f"{count} raw {n}": partial(passes, n, count=count) for count in (1, 8)}
     for count in (1, 8):
         contenders |= {f"{count} classes {n}": partial(classes, n, count) for n in (few, many)}
     t = turns(contenders, rounds)
@@ -351,7 +384,11 @@ def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
         return t[f"{name} {many}"] - t[f"{name} {few}"]
 
     rows = [(f"a step of {name} / forward and backward", step(name) / step(f"raw {to}"), "<= 1.20") for name, (_, to) in work.items()]
-    return [*rows, ("a step for 8 classes / for one", step("8 classes") / step("1 classes"), "< 6")]
+    return [
+        *rows,
+        ("a step for 8 classes / for one", step("8 classes") / step("1 classes"), "< 6"),
+        ("bare passes of 8 pictures / of one", step("8 raw") / step("1 raw"), ""),
+    ]
 
 
 def lucent(model: LoadedModel, steps: int) -> None:
@@ -493,6 +530,27 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
         ("a step of style transfer, Adam / forward and backward to the deepest layer", step("adam") / step("raw"), "<= 1.25"),
         ("a step of style transfer / a plain loop with torch's L-BFGS", step("lbfgs") / step("plain"), "< 1"),
     ]
+
+
+def textures() -> list[tuple[str, float, str]]:
+    """A texture of 128 x 128 pixel by pixel: comparing each neighbourhood with all of the sample's against the tree of centroids."""
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+
+    from harness_style.wei_levoy import synthesise
+
+    rows = []
+    for name, picture in (("brick, grey", data.brick()), ("tissue, colours", data.immunohistochemistry())):
+        pixels = np.asarray(Image.fromarray(picture).resize((128, 128), Image.Resampling.LANCZOS), np.float32) / 255
+        sample = pixels.reshape(128, 128, -1)
+        tree, whole = (
+            synthesise(sample, 128, 128, size=9, levels=3, search=search, leaves=4, random=np.random.default_rng(0))
+            for search in ("tsvq", "exhaustive")
+        )
+        rows.append((f"texture of {name}: exhaustive search / tree", whole.seconds / tree.seconds, ">= 10"))
+        rows.append((f"texture of {name}: exhaustive search / tree and its building", whole.seconds / (tree.seconds + tree.building), ""))
+    return rows
 
 
 def made_pictures(folder: Path, count: int) -> str:
@@ -657,7 +715,7 @@ def main() -> None:
     for name in () if options.only and "occlusion" not in options.only else ("vgg16@random", "squeezenet1_1", "resnet18@random"):
         rows += [("", *row) for row in incremental(name, min(options.rounds, 3))]
     if not options.only or "rest" in options.only:
-        rows += [("", *row) for row in neighbours(options.rounds) + command_line() + tracking()]
+        rows += [("", *row) for row in neighbours(options.rounds) + textures() + command_line() + tracking()]
     if options.memory:
         rows += [("", *row) for row in memory()]
     width = max(len(f"{r[0]} {r[1]}") for r in rows)

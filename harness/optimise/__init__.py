@@ -33,7 +33,7 @@ from .objectives import (
     squared_norm,
     total_variation,
 )
-from .operators import Blur, Clamp, ClipSmallContribution, ClipSmallNorm, Decay, Denoise, Operator, gaussian_blur
+from .operators import Blur, Clamp, ClipSmallContribution, ClipSmallNorm, Decay, Denoise, Operator, Remembers, gaussian_blur
 from .parametrisations import DeepPrior, Fourier, Parametrisation, Pixels
 from .rules import LBFGS, Adam, Constant, LineSearch, MeanAbs, Momentum, Normalised, Progress, Rule, Scaled
 from .style import content_error, gram, style_error
@@ -70,6 +70,7 @@ __all__ = [
     "Parametrisation",
     "Pixels",
     "Progress",
+    "Remembers",
     "Rotate",
     "Rule",
     "Scale",

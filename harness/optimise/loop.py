@@ -13,7 +13,7 @@ from ..context import Draws
 from ..models import LoadedModel
 from .conditioners import Conditioner
 from .objectives import Objective, evaluate
-from .operators import Operator
+from .operators import Operator, Remembers
 from .parametrisations import Parametrisation, Pixels
 from .rules import NAMED, Memory, Progress, Rule, Scaled, rows
 from .transforms import Transform
@@ -62,8 +62,7 @@ def join(parts: Sequence[Ascent]) -> Ascent:
     """Several batches' results as one; what stopped early is filled up with its last values."""
     sizes = [len(part.images) for part in parts]
     longest = max(len(part.scores) for part in parts)
-    shots = max((part.snapshots for part in parts), key=len)
-    filled = [part.snapshots or [(n, part.images) for n, _ in shots] for part in parts]
+    shots = max((part.snapshots for part in parts), key=lambda found: found[-1][0] if found else -1)
     states = [part.state for part in parts if part.state is not None]
     variables = [part.variables for part in parts if part.variables is not None]
     last = max(states, key=lambda s: s.step, default=None)
@@ -71,10 +70,15 @@ def join(parts: Sequence[Ascent]) -> Ascent:
         torch.cat([part.images for part in parts]),
         torch.cat([_filled(part.scores, longest) for part in parts], 1),
         [i + sum(sizes[:n]) for n, part in enumerate(parts) for i in part.stopped],
-        [(n, torch.cat([found[min(k, len(found) - 1)][1] for found in filled])) for k, (n, _) in enumerate(shots)],
+        [(n, torch.cat([_at(part, n) for part in parts])) for n, _ in shots],
         last and State(last.step, {k: _together(states, k, v) for k, v in last.memory.items()}, torch.cat([s.draws for s in states])),
         torch.cat(variables) if len(variables) == len(parts) else None,
     )
+
+
+def _at(part: Ascent, step: int) -> Tensor:
+    """A batch's pictures after that many steps, or where it had ended before."""
+    return next((images for n, images in reversed(part.snapshots) if n <= step), part.images)
 
 
 def _together(states: Sequence[State], name: str, like: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ def ascend(
         raise ValueError(f"{type(law).__name__} compares scores, which random transforms would blur")
     made: Parametrisation = parametrisation or Pixels()
     size_at = step_size if callable(step_size) else lambda _: step_size
-    memory: Memory = {} if begin is None else dict(begin.memory)
+    memory: Memory = {} if begin is None else {name: value.clone() for name, value in begin.memory.items()}  # rules write into it
     z = _laid_out(memory.pop("variables", start).detach())
     done = 0 if begin is None else begin.step
     if begin is not None:
@@ -153,6 +157,7 @@ def ascend(
     before: tuple[Tensor, Tensor, Tensor] | None = None  # a careful rule: variables, gradient and score kept last
     if "kept_variables" in memory:
         before = (memory.pop("kept_variables"), memory.pop("kept_gradient"), memory.pop("kept_score"))
+    acts = [op.remembering(memory, f"operator{n}") if isinstance(op, Remembers) else op for n, op in enumerate(operators)]
     trace: list[Tensor] = []
     shots: list[tuple[int, Tensor]] = []
     wanted = {done + round((steps - done) * (i + 1) / snapshots) for i in range(snapshots)} if snapshots and steps > done else set()
@@ -165,16 +170,9 @@ def ascend(
         if law.careful and before is not None:
             # A step into the void is taken back like any other that does not rise.
             rose = (score >= before[2]) & _finite(gradient)
-            mask = rows(rose, z)
-            moved, bent = (
-                torch.where(mask, z - before[0], torch.zeros_like(z)),
-                torch.where(mask, gradient - before[1], torch.zeros_like(z)),
-            )
-            z, gradient, score = (
-                torch.where(mask, z, before[0]),
-                torch.where(mask, gradient, before[1]),
-                torch.where(rose, score, before[2]),
-            )
+            nothing = z.new_zeros(()).expand_as(z)
+            moved, bent = _chosen(rose, z - before[0], nothing), _chosen(rose, gradient - before[1], nothing)
+            z, gradient, score = _chosen(rose, z, before[0]), _chosen(rose, gradient, before[1]), _chosen(rose, score, before[2])
             law.judged(memory, rose, moved, bent, step)
         known = torch.isfinite(score)
         z = _chosen(known, z, good)
@@ -199,8 +197,8 @@ def ascend(
                 move = conditioner(move)
             size = size_at(step)
             new = z + law(memory, gradient, move, size, step, fresh=step > 0 and size != size_at(step - 1))
-            for operator in operators:
-                new = operator(new, gradient, step)
+            for act in acts:
+                new = act(new, gradient, step)
         z = _chosen(alive & ~resting, new, z)
         reached = step + 1
         if reached in wanted:

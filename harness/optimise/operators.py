@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,14 @@ from torch import Tensor
 
 class Operator(Protocol):
     def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor: ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """An operator that goes on from its last step. The loop asks once for the operator that keeps its tensors, a row a picture, in
+    `memory` under names that begin with `name`; they are part of the state that later work begins with."""
+
+    def remembering(self, memory: dict[str, Tensor], name: str) -> Operator: ...
 
 
 @dataclass(frozen=True)
@@ -85,14 +93,34 @@ class Clamp:
 @dataclass(frozen=True)
 class Denoise:
     """The picture u that minimises TV(u) + 1/(2 weight) ||u - x||^2, TV = sum sqrt(dx^2 + dy^2) of each colour (Rudin, Osher &
-    Fatemi 1992), by `iterations` steps of Chambolle's projection (2004). `weight(step)` is in pixels of [0, 1]; 0 changes nothing."""
+    Fatemi 1992), by Chambolle's projection (2004). `weight(step)` is in pixels of [0, 1]; 0 changes nothing.
+
+    In the loop the first step makes `first` iterations and every later one `iterations`, which begin at the dual variables of the
+    step before: a step of ascent moves a picture little, and these little. Outside of a loop every call is a first step.
+    """
 
     weight: Callable[[int], float]
-    iterations: int = 20
+    iterations: int = 3
+    first: int = 20
 
     def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
         weight = self.weight(step)
-        return images if weight == 0 else total_variation_denoised(images, weight, self.iterations)
+        return images if weight == 0 else total_variation_denoised(images, weight, self.first)
+
+    def remembering(self, memory: dict[str, Tensor], name: str) -> Operator:
+        names = f"{name}.dual_x", f"{name}.dual_y"
+
+        def follow(images: Tensor, gradient: Tensor, step: int) -> Tensor:
+            weight = self.weight(step)
+            if weight == 0:
+                return images
+            fresh = names[0] not in memory
+            if fresh:
+                memory.update({n: torch.zeros_like(images) for n in names})
+            dual = memory[names[0]], memory[names[1]]
+            return total_variation_denoised(images, weight, self.first if fresh else self.iterations, dual)
+
+        return follow
 
 
 def _keep(images: Tensor, centre: Tensor, value: Tensor, percentile: float) -> Tensor:
@@ -116,9 +144,12 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     return F.conv2d(x, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
 
 
-def total_variation_denoised(images: Tensor, weight: float, iterations: int = 20) -> Tensor:
-    """argmin_u TV(u) + 1/(2 weight) ||u - x||^2 by Chambolle's projection (J. Math. Imaging Vis. 20, 2004, sec. 3), step 1/4."""
-    px, py = torch.zeros_like(images), torch.zeros_like(images)
+def total_variation_denoised(images: Tensor, weight: float, iterations: int = 20, dual: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """argmin_u TV(u) + 1/(2 weight) ||u - x||^2 by Chambolle's projection (J. Math. Imaging Vis. 20, 2004, sec. 3), step 1/4.
+
+    `dual`, a pair shaped like the pictures, is where the iterations begin (without it at zero) and is overwritten by where they end.
+    """
+    px, py = (torch.zeros_like(images), torch.zeros_like(images)) if dual is None else dual
     dx, dy = torch.zeros_like(images), torch.zeros_like(images)  # the last column and row stay 0: no difference across the edge
     rate = 0.25 / weight
     for _ in range(iterations):

@@ -156,47 +156,75 @@ class LineSearch:
 class LBFGS:
     """Quasi-Newton steps from the last `history` changes of variables and gradient (Nocedal 1980; two-loop recursion), each
     picture with a memory of its own. A step that lowers the score is taken back and halved; the first, and those after
-    six halvings in a row, go along the gradient with an RMS change of `size`."""
+    six halvings in a row, go along the gradient with an RMS change of `size`.
+
+    The recursion runs over the inner products of what is remembered, and only its outcome over the variables (Chen, Wang & Zhou
+    2014, "Large-scale L-BFGS using MapReduce"): what is remembered is read twice a step where the recursion itself reads it ten times.
+    """
 
     history: int = 10
     careful: ClassVar[bool] = True
 
     def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
+        g, m = _flat(move), self.history
         if "size" not in memory:
-            one = torch.ones_like(rows(move.flatten(1)[:, 0], move))
-            memory["size"], memory["curvature"] = one, torch.zeros_like(one)
-        # Newest first. An empty place, or one of a step taken back, has rho 0 and changes nothing.
-        places = [k % self.history for k in range(step - 1, step - 1 - self.history, -1)]
-        held = [k for k in places if f"s{k}" in memory]
-        q, weights = move, []
-        for k in held:
-            weight = memory[f"rho{k}"] * total(memory[f"s{k}"] * q)
-            q = q - weight * memory[f"y{k}"]
-            weights.append(weight)
-        q = q * memory["curvature"]
-        for k, weight in zip(reversed(held), reversed(weights), strict=True):
-            q = q + memory[f"s{k}"] * (weight - memory[f"rho{k}"] * total(memory[f"y{k}"] * q))
-        known = memory["curvature"] > 0
-        plain = move * _over(size, average(move.square()).sqrt())
-        return memory["size"] * torch.where(known, q, plain)
+            one = torch.ones_like(g[:, 0])
+            memory["size"], memory["curvature"], memory["rho"] = one, torch.zeros_like(one), g.new_zeros((len(g), m))
+            # The changes s of the variables, then y of the gradient, in a ring; and the inner products of all of these.
+            memory["pairs"], memory["products"] = g.new_zeros((len(g), 2 * m, g.shape[1])), g.new_zeros((len(g), 2 * m, 2 * m))
+        along = torch.bmm(memory["pairs"], g[:, :, None]).squeeze(2)
+        of_s, of_y = self._combination(memory, along, step)
+        q = torch.baddbmm(rows(memory["curvature"], g[:, None]) * g[:, None], torch.cat([of_s, of_y], 1)[:, None], memory["pairs"])
+        plain = g * _over(size, average(g.square()).sqrt())
+        known = memory["curvature"][:, None] > 0
+        return _shaped(memory["size"][:, None] * torch.where(known, q.squeeze(1), plain), move)
+
+    def _combination(self, memory: Memory, along: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(N, history) each: how much of every s and of every y is in the step, beside the gradient times the curvature."""
+        m, kind = self.history, torch.float32 if along.device.type == "mps" else torch.float64
+        along, products, rho = along.to(kind), memory["products"].to(kind), memory["rho"].to(kind)
+        curvature = memory["curvature"].to(kind)
+        newest_first = [k % m for k in range(step - 1, max(-1, step - 1 - m), -1)]  # places never filled have rho 0
+        of_s, of_y, weights = torch.zeros_like(rho), torch.zeros_like(rho), torch.zeros_like(rho)
+        for k in newest_first:
+            weights[:, k] = rho[:, k] * (along[:, k] + (products[:, k, m:] * of_y).sum(1))
+            of_y[:, k] = -weights[:, k]
+        of_y = of_y * curvature[:, None]
+        on_y = curvature[:, None] * along[:, m:] + (products[:, m:, m:] * of_y[:, None]).sum(2)
+        for k in reversed(newest_first):
+            of_s[:, k] = weights[:, k] - rho[:, k] * (on_y[:, k] + (products[:, m + k, :m] * of_s).sum(1))
+        return of_s.to(memory["rho"].dtype), of_y.to(memory["rho"].dtype)
 
     def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
         """Stores the pair of the step before `step`: s, and y = -(change of the gradient), since the score is to rise."""
-        k = (step - 1) % self.history
-        s, y = moved, -bent
-        product, square = total(s * y), total(y * y)
-        kept = rows(rose, product)
-        good = kept & (product > 1e-10 * (square * total(s * s)).sqrt())
+        m, pairs, products = self.history, memory["pairs"], memory["products"]
+        k = (step - 1) % m
+        pairs[:, k], pairs[:, m + k] = _flat(moved), -_flat(bent)
+        both = torch.bmm(pairs, pairs[:, [k, m + k]].transpose(1, 2))  # (N, 2 m, 2)
+        products[:, :, [k, m + k]], products[:, [k, m + k]] = both, both.transpose(1, 2)
+        product, long, square = both[:, m + k, 0], both[:, k, 0], both[:, m + k, 1]
+        good = rose & (product > 1e-10 * (square * long).sqrt())
         zero = torch.zeros_like(product)
-        memory[f"s{k}"], memory[f"y{k}"] = torch.where(good, s, torch.zeros_like(s)), torch.where(good, y, torch.zeros_like(y))
-        memory[f"rho{k}"] = torch.where(good, 1 / product, zero)
+        memory["rho"][:, k] = torch.where(good, 1 / product, zero)  # a pair that is not good changes nothing
         memory["curvature"] = torch.where(good, product / square, memory["curvature"])
-        size = torch.where(kept, torch.ones_like(memory["size"]), memory["size"] * 0.5)
-        lost = ~kept & (size < 1 / 64) & (memory["curvature"] > 0)
+        size = torch.where(rose, torch.ones_like(memory["size"]), memory["size"] * 0.5)
+        lost = ~rose & (size < 1 / 64) & (memory["curvature"] > 0)
         memory["curvature"] = torch.where(lost, zero, memory["curvature"])
-        for name in [n for n in memory if n.startswith("rho")]:
-            memory[name] = torch.where(lost, zero, memory[name])
+        memory["rho"] = torch.where(lost[:, None], torch.zeros_like(memory["rho"]), memory["rho"])
         memory["size"] = torch.where(lost, torch.ones_like(size), size)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(N, D), pictures in the order in which the loop lays them out, so that nothing is copied."""
+    return x.permute(0, 2, 3, 1).reshape(len(x), -1) if x.dim() == 4 else x.reshape(len(x), -1)
+
+
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """Back from `_flat` to the shape of `like`."""
+    if like.dim() != 4:
+        return flat.view(like.shape)
+    n, c, h, w = like.shape
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 NAMED: dict[str, type[Normalised | MeanAbs | Constant | LineSearch | Adam | LBFGS | Momentum]] = {

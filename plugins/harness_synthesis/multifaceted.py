@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -323,7 +323,7 @@ def climb(
         draws.restore(begin.draws)
     classes = torch.full((len(start),), c, device=ctx.device)
     alive = torch.ones(len(start), dtype=torch.bool, device=ctx.device) if begin is None else begin.memory["alive"]
-    memory = {} if begin is None else {n: v for n, v in begin.memory.items() if n in ("resting", "recent")}
+    memory = {} if begin is None else kept(begin.memory)
     scores, shots, offset = [start.new_zeros((0, len(start)))], [], 0
     for number, phase in enumerate(phases):
         count = min(steps - offset, phase.steps if number < len(phases) - 1 else steps)
@@ -358,7 +358,7 @@ def climb(
             assert part.state is not None
             x, alive = part.variables, part.state.memory["alive"]
             # What rests within a phase goes on resting there, and begins anew with the next.
-            memory = {n: v for n, v in part.state.memory.items() if n in ("resting", "recent")} if offset + count == steps else {}
+            memory = kept(part.state.memory) if offset + count == steps else {}
             made = len(part.scores)
             left = part.scores[-1:].expand(count - inside - made, -1) if made else part.scores
             scores.append(torch.cat([part.scores, left]))  # of an early end the last score stands for the rest
@@ -368,6 +368,11 @@ def climb(
     return Climbed(
         x, torch.cat(scores), shots, o.State(max(steps, done), {"variables": x, "alive": alive, **memory}, draws.state()), stopped
     )
+
+
+def kept(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a phase remembers beside its pictures: who rests, and where denoising stands."""
+    return {name: value for name, value in memory.items() if name not in ("variables", "alive")}
 
 
 def joined(parts: Sequence[Climbed]) -> State:

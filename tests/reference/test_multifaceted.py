@@ -77,18 +77,18 @@ def test_the_schedule_is_the_released_one():
 
 
 def test_the_steps_are_written_out(digits_cnn, monkeypatch):
-    """The first phase by hand: whole pictures (nothing to crop), size over the mean of |g|, clipped, then denoised."""
+    """The first phase by hand: whole pictures (nothing to crop), size over the mean of |g|, clipped, then denoised from where that stood."""
     from harness.optimise.operators import total_variation_denoised
 
     start = torch.rand((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     ctx = Context(digits_cnn, technique="multifaceted")
     found = climb(ctx, 3, start, ["a", "b"], scheduled(370), 5, 0.0, None)
-    x = start
+    x, dual = start, (torch.zeros_like(start), torch.zeros_like(start))
     for i in range(5):
         leaf = x.clone().requires_grad_()
         gradient = torch.autograd.grad(digits_cnn(leaf)[:, 3].sum(), leaf)[0]
         x = x + (1 + i / 190) / 255 * gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
-        x = total_variation_denoised(x.clamp(0, 1), 8 / 227 / 255 / (0.4 - (0.4 - 0.4 * i) / 190))
+        x = total_variation_denoised(x.clamp(0, 1), 8 / 227 / 255 / (0.4 - (0.4 - 0.4 * i) / 190), 3 if i else 20, dual)
     torch.testing.assert_close(found.images, x, rtol=0, atol=1e-6)
 
 

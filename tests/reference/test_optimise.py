@@ -336,6 +336,54 @@ def test_denoising_is_scikit_images(weight):
 # -- parametrisations --------------------------------------------------------------------------------------------------
 
 
+def test_denoising_that_goes_on_is_nearer_to_its_minimum_than_one_begun_anew():
+    """A picture that moves by a 255th a step, as in ascent: three iterations from where the last step stood against twenty."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand((2, 3, 24, 20), generator=generator, dtype=torch.float64)
+    memory = {}
+    warm, cold = o.Denoise(lambda _: 0.3).remembering(memory, "d"), o.Denoise(lambda _: 0.3)
+    assert torch.equal(warm(x, x, 0), cold(x, x, 0))
+    for step in range(1, 40):
+        x = x + torch.randn(x.shape, generator=generator, dtype=x.dtype) / 255
+        found = warm(x, x, step)
+    best = total_variation_denoised(x, 0.3, 4000)
+    assert float((found - best).abs().mean()) < 0.5 * float((cold(x, x, 40) - best).abs().mean())
+    assert set(memory) == {"d.dual_x", "d.dual_y"} and all(v.shape == x.shape for v in memory.values())
+
+
+def test_two_denoisers_in_one_loop_remember_apart_and_go_on(digits_cnn):
+    start = torch.rand((2, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=digits_cnn.dtype)
+
+    def made(steps, rows=slice(None), **more):
+        return o.ascend(
+            digits_cnn,
+            o.class_score(torch.tensor([3, 5])[rows]),
+            start[rows],
+            steps=steps,
+            step_size=0.05,
+            draws=draws(len(start[rows]), dtype=digits_cnn.dtype),
+            operators=[o.Denoise(lambda _: 0.02), o.Clamp(), o.Denoise(lambda t: 0.01 * (t % 2))],
+            **more,
+        )
+
+    whole, begun = made(9), made(4)
+    handed = {name: value.clone() for name, value in begun.state.memory.items()}
+    assert torch.equal(made(9, begin=begun.state).images, whole.images)
+    assert all(torch.equal(handed[name], value) for name, value in begun.state.memory.items()), "a state is not written to"
+    torch.testing.assert_close(made(9, slice(1, 2), begin=begun.state.rows(slice(1, 2))).images, whole.images[1:], rtol=0, atol=1e-6)
+
+
+def test_a_strip_of_several_batches_says_the_step_it_shows():
+    def part(steps, mark):
+        shots = [(n, torch.full((1, 1, 1, 1), mark + n / 100)) for n in steps]
+        return o.Ascent(shots[-1][1], torch.zeros(steps[-1], 1), snapshots=shots)
+
+    early, full = part([2, 4, 5], 1.0), part([2, 4, 8], 2.0)
+    shots = o.join([early, full]).snapshots
+    assert [n for n, _ in shots] == [2, 4, 8]
+    assert [x.flatten().tolist() for _, x in shots] == [pytest.approx(v) for v in ([1.02, 2.02], [1.04, 2.04], [1.05, 2.08])]
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (3, 7, 10), (1, 8, 8)])
 def test_fourier_variables_give_their_picture_back(shape):
     fourier = o.Fourier(shape[1], shape[2], shape[0])
