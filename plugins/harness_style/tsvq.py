@@ -2,77 +2,67 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-Held = tuple[np.ndarray, np.ndarray]  # twice the vectors, and their squared norms: |a - v|^2 = |a|^2 - 2 a v and what all share
+import numpy as np
 
 
 class Tree:
     """Vectors (N, D), parted again and again by the nearest of `branches` centroids (Lloyd's rule) until a leaf holds at most `leaf`.
 
     A search follows the nearest centroid down to a leaf and looks at all of its vectors; then it does the same from the `leaves - 1`
-    nearest centroids that it has passed by. The paper's tree has two branches; with more, fewer comparisons follow one another.
+    nearest centroids that it has passed by. The paper's tree has two branches; with more, the first choices are better.
     """
 
     def __init__(self, vectors: np.ndarray, leaf: int = 256, leaves: int = 1, branches: int = 16) -> None:
         self.vectors = np.ascontiguousarray(vectors, np.float32)
         self.leaf, self.leaves, self.branches = leaf, leaves, branches
-        # A fork k has centroids forks[k] and children[k]; a leaf is -1 - its place in `held`, with its rows.
-        self.forks: list[Held] = []
-        self.children: list[list[int]] = []
-        self.held: list[Held] = []
-        self.rows: list[np.ndarray] = []
-        self.root = self._grown(np.arange(len(self.vectors)))
+        # A node's children, or where it is a leaf the places in `order` of its rows, lie between `first` and `last`.
+        centres, first, last = [np.zeros(self.vectors.shape[1], np.float32)], [0], [0]
+        order: list[np.ndarray] = []
+        held, waiting = 0, [(0, np.arange(len(self.vectors)))]
+        is_leaf = [False]
+        while waiting:
+            node, rows = waiting.pop()
+            groups = _parted(self.vectors[rows], branches) if len(rows) > leaf else None
+            if groups is None:
+                is_leaf[node], first[node], last[node] = True, held, held + len(rows)
+                order.append(rows)
+                held += len(rows)
+                continue
+            parts = [rows[groups == g] for g in np.unique(groups)]
+            first[node], last[node] = len(first), len(first) + len(parts)
+            waiting += [(len(first) + k, part) for k, part in enumerate(parts)]
+            for part in parts:
+                centres.append(self.vectors[part].mean(0))
+                first.append(0)
+                last.append(0)
+                is_leaf.append(False)
+        self.rows = np.concatenate(order)
+        self._nodes = np.stack(centres), np.array(first), np.array(last), np.array(is_leaf)
+        self._packed = self.vectors[self.rows]  # a leaf's vectors side by side
+        self._passed = np.empty(len(first), np.float32), np.empty(len(first), np.int64)
 
-    def _grown(self, rows: np.ndarray) -> int:
-        groups = _parted(self.vectors[rows], self.branches) if len(rows) > self.leaf else None
-        if groups is None:
-            self.held.append(_doubled(self.vectors[rows]))
-            self.rows.append(rows)
-            return -len(self.held)
-        place = len(self.forks)
-        parts = [rows[groups == g] for g in np.unique(groups)]
-        self.forks.append(_doubled(np.stack([self.vectors[p].mean(0) for p in parts])))
-        self.children.append([])
-        self.children[place] = [self._grown(p) for p in parts]
-        return place
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What the compiled search takes before the vector."""
+        return (*self._nodes, self._packed, self.rows, self.leaves, *self._passed)
 
     def nearest(self, vector: np.ndarray) -> int:
         """The row found for a vector (D,)."""
-        best, found = np.inf, 0
-        passed: list[tuple[float, int]] = []
-        node = self.root
-        for turn in range(self.leaves):
-            while node >= 0:
-                twice, norms = self.forks[node]
-                distance = norms - twice.dot(vector)
-                k = distance.argmin()
-                if self.leaves > 1:
-                    passed += [(d, c) for i, (d, c) in enumerate(zip(distance.tolist(), self.children[node], strict=True)) if i != k]
-                node = self.children[node][k]
-            twice, norms = self.held[-1 - node]
-            distance = norms - twice.dot(vector)
-            k = distance.argmin()
-            if distance[k] < best:
-                best, found = distance[k], self.rows[-1 - node][k]
-            if turn + 1 == self.leaves or not passed:
-                break
-            node = passed.pop(min(range(len(passed)), key=passed.__getitem__))[1]
-        return int(found)
+        from .tsvq_compiled import search
+
+        return int(search(*self.parts, vector))
 
 
 class Exhaustive:
-    """The same by comparing with every vector."""
+    """The same by comparing with every vector: |a - v|^2 = |a|^2 - 2 a v and what all share, one product of a matrix and a vector."""
 
     def __init__(self, vectors: np.ndarray) -> None:
-        self.twice, self.norms = _doubled(np.ascontiguousarray(vectors, np.float32))
+        self.twice, self.norms = 2 * np.ascontiguousarray(vectors, np.float32), np.square(vectors).sum(1)
 
     def nearest(self, vector: np.ndarray) -> int:
         return int((self.norms - self.twice.dot(vector)).argmin())
-
-
-def _doubled(vectors: np.ndarray) -> Held:
-    return 2 * vectors, np.square(vectors).sum(1)
 
 
 def _parted(vectors: np.ndarray, branches: int, rounds: int = 8) -> np.ndarray | None:
@@ -92,9 +82,8 @@ def _parted(vectors: np.ndarray, branches: int, rounds: int = 8) -> np.ndarray |
         groups, count = new, 2 * count
     groups = np.unique(groups, return_inverse=True)[1]
     for _ in range(rounds):
-        total = np.zeros((groups.max() + 1, vectors.shape[1]), np.float64)
-        np.add.at(total, groups, vectors)
-        centres = (total / np.bincount(groups)[:, None]).astype(np.float32)
+        belongs = (np.arange(groups.max() + 1)[:, None] == groups).astype(np.float32)
+        centres = belongs @ vectors / belongs.sum(1, keepdims=True)
         nearest = (np.square(centres).sum(1) - 2 * vectors @ centres.T).argmin(1)
         nearest = np.unique(nearest, return_inverse=True)[1]
         if np.array_equal(nearest, groups):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from .tsvq import Exhaustive, Tree
 
 Search = Literal["tsvq", "exhaustive"]
 Progress = Callable[[str, int, int], None]
+STRIPE = 16  # rows between two reports of progress
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Synthesis:
     levels: list[np.ndarray]  # from the coarsest
     cost: float  # mean squared distance of a neighbourhood to its match, a value, at the finest level
     seconds: float  # of the searches alone
+    building: float  # seconds of building what is searched
 
 
 def causal(size: int) -> list[tuple[int, int]]:
@@ -66,16 +69,18 @@ def synthesise(
     samples = pyramid(sample, levels)
     sides = [(-(-height // 2**k), -(-width // 2**k)) for k in range(levels - 1, -1, -1)]
     made: list[np.ndarray] = []
-    cost, seconds = 0.0, 0.0
+    cost, seconds, building = 0.0, 0.0, 0.0
     for level, (source, (rows, columns)) in enumerate(zip(samples, sides, strict=True)):
         near, below = causal(size), square(size // 2 | 1) if level else []
         places, vectors = _neighbourhoods(source, samples[level - 1] if level else None, near, below)
         colours = source.reshape(-1, source.shape[2])
         image = colours[random.integers(0, len(colours), rows * columns)].copy()
+        begun = time.perf_counter()
         finder = Tree(vectors, leaves=leaves) if search == "tsvq" else Exhaustive(vectors)
+        building += time.perf_counter() - begun
         picked = colours[places]
         own = _wrapped(near, rows, columns)
-        coarse = None
+        coarse = np.empty((rows * columns, 0), np.float32)
         if level:
             up = made[-1]
             y, x = (g.ravel() // 2 for g in np.mgrid[:rows, :columns])
@@ -83,26 +88,50 @@ def synthesise(
             image = up[y, x].copy()
             coarse = up.reshape(-1, up.shape[2])[_wrapped(below, *up.shape[:2])[y * up.shape[1] + x]].reshape(rows * columns, -1)
         matches = np.empty(rows * columns, np.int64)
-        length = len(near) * image.shape[1]
-        vector = np.empty(vectors.shape[1], np.float32)
-        asked = np.empty((rows * columns, vectors.shape[1]), np.float32) if level == levels - 1 else None
+        asked = np.empty((rows * columns, vectors.shape[1]), np.float32)
+        filled = _by_tree(finder) if isinstance(finder, Tree) else partial(_one_by_one, finder)
         begun = time.perf_counter()
-        for place in (*range(rows * columns),) * (1 if level else 2):
-            vector[:length] = image.take(own[place], 0).ravel()
-            if coarse is not None:
-                vector[length:] = coarse[place]
-            if asked is not None:
-                asked[place] = vector
-            k = finder.nearest(vector)
-            matches[place] = k
-            image[place] = picked[k]
-            if progress is not None and place % (16 * columns) == 0:
-                progress(f"rows of level {level + 1} of {levels}", place // columns, rows)
+        for _ in range(1 if level else 2):
+            for row in range(0, rows, STRIPE):
+                filled(np.arange(row * columns, min(rows, row + STRIPE) * columns), image, own, coarse, picked, matches, asked)
+                if progress is not None:
+                    progress(f"rows of level {level + 1} of {levels}", min(rows, row + STRIPE), rows)
         seconds += time.perf_counter() - begun
-        if asked is not None:
+        if level == levels - 1:
             cost = float(np.square(asked - vectors[matches]).mean(dtype=np.float64))
         made.append(image.reshape(rows, columns, -1))
-    return Synthesis(made[-1], made, cost, seconds)
+    return Synthesis(made[-1], made, cost, seconds, building)
+
+
+def _by_tree(tree: Tree) -> Callable[..., None]:
+    """The compiled loop; compiling it is none of a search's time."""
+    from .tsvq_compiled import fill
+
+    length = tree.vectors.shape[1]
+    none = np.zeros(0, np.int64)
+    one = np.zeros((1, length), np.float32)
+    fill(none, one, np.zeros((1, 1), np.int64), one, one, none, one, *tree.parts)
+    return lambda *level: fill(*level, *tree.parts)
+
+
+def _one_by_one(
+    finder: Exhaustive,
+    places: np.ndarray,
+    image: np.ndarray,
+    own: np.ndarray,
+    coarse: np.ndarray,
+    picked: np.ndarray,
+    matches: np.ndarray,
+    asked: np.ndarray,
+) -> None:
+    """What the compiled loop does for a tree: pixels `places` of image (M, C), each by the match of its neighbourhood."""
+    length = own.shape[1] * image.shape[1]
+    for place in places:
+        vector = asked[place]
+        vector[:length] = image.take(own[place], 0).ravel()
+        vector[length:] = coarse[place]
+        matches[place] = finder.nearest(vector)
+        image[place] = picked[matches[place]]
 
 
 def _wrapped(offsets: Sequence[tuple[int, int]], rows: int, columns: int) -> np.ndarray:
