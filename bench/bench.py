@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from style_peers import peers
 
 from harness.context import Context, Draws
 from harness.models import LoadedModel, load_model
@@ -514,8 +515,10 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
         for _ in range(steps):
             optimiser.step(loss)
 
+    others = peers(model, images, images.flip(3), layers, content)
     contenders: dict[str, Work] = {}
     for steps in (5, 15):
+        contenders |= {f"{name} {steps}": partial(go, steps) for name, go in others.items()}
         contenders[f"raw {steps}"] = lambda n=steps: passes(n)
         contenders[f"lbfgs {steps}"] = lambda n=steps: ours(n, "lbfgs")
         contenders[f"adam {steps}"] = lambda n=steps: ours(n, "adam")
@@ -529,6 +532,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
         ("a step of style transfer, L-BFGS / forward and backward to the deepest layer", step("lbfgs") / step("raw"), "<= 1.25"),
         ("a step of style transfer, Adam / forward and backward to the deepest layer", step("adam") / step("raw"), "<= 1.25"),
         ("a step of style transfer / a plain loop with torch's L-BFGS", step("lbfgs") / step("plain"), "< 1"),
+        *((f"a step of style transfer / {name}", step("lbfgs") / step(name), "< 1") for name in others),
     ]
 
 
