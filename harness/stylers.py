@@ -30,8 +30,11 @@ class ConditionalInstanceNorm(nn.Module):
 
     def forward(self, x: Tensor, mix: Tensor) -> Tensor:
         """x (N, C, H, W), mix (N, styles) weights of the styles' rows."""
-        gamma, beta = (mix @ self.gamma)[:, :, None, None], (mix @ self.beta)[:, :, None, None]
-        return gamma * F.instance_norm(x, eps=self.eps) + beta
+        # Batch norm over a batch of one picture is instance norm, and unlike torch's instance norm, which turns pictures into
+        # another layout and back, it works channels last and applies gamma and beta on the way.
+        rows = zip(torch.split(x, 1), mix @ self.gamma, mix @ self.beta, strict=True)
+        found = [F.batch_norm(part, None, None, gamma, beta, training=True, eps=self.eps) for part, gamma, beta in rows]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class _Layer(nn.Module):
@@ -140,13 +143,13 @@ class LoadedStyler:
     def __init__(self, module: nn.Module, name: str, styles: Sequence[str], device: str | torch.device) -> None:
         self.name, self.styles = name, tuple(styles)
         self.device = torch.device(device)
-        self.module = module.eval().requires_grad_(False).to(self.device)
+        self.module = module.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self, images: Tensor, mix: Sequence[float] = ()) -> Tensor:
         """Pictures (N, C, H, W) in [0, 1] in the style, or the mixture of styles by their weights."""
         weights = torch.tensor([mix or [1.0, *[0.0] * (len(self.styles) - 1)]], device=self.device, dtype=images.dtype)
         with torch.no_grad():
-            made: Tensor = self.module(images, weights.expand(len(images), -1))
+            made: Tensor = self.module(images.contiguous(memory_format=torch.channels_last), weights.expand(len(images), -1))
         return made
 
 

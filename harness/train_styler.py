@@ -29,6 +29,7 @@ from .stylers import ConditionalInstanceNorm, TransformNet, load_styler
 
 Report = Callable[[str, int, int], None]
 BUILDER = "harness.stylers:TransformNet"
+LAYOUT = torch.channels_last
 RAMP = 0.2  # share of the steps over which the weight of the style rises
 SAVED = 200  # steps between two states on disk
 
@@ -164,13 +165,14 @@ def _network(
             args: dict[str, Any] = {
                 "channels": channels, "width": recipe.width, "blocks": recipe.blocks, "styles": len(names), "norm": recipe.norm,
             }  # fmt: skip
-            return TransformNet(**args).to(device), args, names, 0
+            return TransformNet(**args).to(device, memory_format=LAYOUT), args, names, 0  # type: ignore[call-overload]
     base = registry.styler(recipe.base)
     if base.args.get("norm", "instance") != "instance":
         raise ConfigError(f"{recipe.where}: styler {recipe.base!r} has batch norm; only conditional instance norm learns further styles")
     args = {**base.args, "styles": len(base.styles) + len(names)}
     module = TransformNet(**args)
-    return extended(load_styler(recipe.base, registry).module, module).to(device), args, [*base.styles, *names], len(base.styles)
+    grown = extended(load_styler(recipe.base, registry).module, module).to(device, memory_format=LAYOUT)  # type: ignore[call-overload]
+    return grown, args, [*base.styles, *names], len(base.styles)
 
 
 def extended(base: nn.Module, module: TransformNet) -> TransformNet:

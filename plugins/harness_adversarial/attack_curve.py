@@ -7,7 +7,7 @@ import numpy as np
 from harness import ConfigError, Curve, Images, Paper, Param, Result, Table, Technique
 from harness.technique import Further
 
-from .attacks import Attack, Norm, attack, in_255ths, project, success
+from .attacks import Attack, Norm, attack, in_255ths, perturbed, project, success
 from .shared import AMPLIFIED, interval, rate, second, tell_difference
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class AttackCurve(Technique):
                 return [*found, f"surrogate {self.surrogate!r} has other classes: its pictures were not tried"]
 
             def theirs(rows: slice) -> Tensor:
-                return attack(other, images[rows], own[rows], iterated[0], eps, ctx.draws([ctx.ids[i] for i in todo[rows]])).images
+                return perturbed(other, images[rows], own[rows], iterated[0], eps, ctx.draws([ctx.ids[i] for i in todo[rows]]))
 
             made = torch.cat(list(ctx.batched(len(todo), theirs)))
             more = int((ctx.logits(made).argmax(1) != own).sum())

@@ -87,23 +87,54 @@ def attack(
 
     With `drop` a picture is done once it is fooled: it leaves the batch, which is exact where any place in the ball counts. Without,
     all go on to the last step, as foolbox's do. Cost: one forward and one backward pass a step and picture that is left, and one
-    forward pass at the end.
+    forward pass at the end, which sees who was fooled.
     """
+    result, left = _stepped(model, images, classes, settings, eps, draws, drop, progress)
+    done = ~left
+    if bool(left.any()):
+        done[left] = success(model, result[left], classes[left], settings.targeted)
+    return Attacked(result, done)
+
+
+def perturbed(
+    model: LoadedModel,
+    images: Tensor,
+    classes: Tensor,
+    settings: Attack,
+    eps: float,
+    draws: Draws | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The pictures of `attack`, without the pass that sees whether they fool the model."""
+    return _stepped(model, images, classes, settings, eps, draws, False, progress)[0]
+
+
+def _stepped(
+    model: LoadedModel,
+    images: Tensor,
+    classes: Tensor,
+    settings: Attack,
+    eps: float,
+    draws: Draws | None,
+    drop: bool,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """Pictures after the steps, and (N,) bool which of them are not known to be fooled."""
     import torch
     import torch.nn.functional as F
 
     from harness_saliency.measures import full_precision
 
+    open_ = torch.ones(len(images), dtype=torch.bool, device=images.device)
     if eps == 0 or settings.steps == 0:
-        return Attacked(images, success(model, images, classes, settings.targeted))
+        return images, open_
     x = images
     if settings.random_start:
         if draws is None:
             raise ValueError("a random start needs draws")
         x = starts(images, eps, settings.norm, draws)
     sign = -1.0 if settings.targeted else 1.0
-    result = x.clone()
-    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    result = x.clone() if drop else x
     left = torch.arange(len(x), device=x.device)
     origin, wanted = images, classes
     low, high = ((images - eps).clamp_min_(0), (images + eps).clamp_max_(1)) if settings.norm == "linf" else (None, None)
@@ -116,13 +147,13 @@ def attack(
             if drop:
                 hit = (logits.detach().argmax(1) == wanted) == settings.targeted
                 if bool(hit.any()):  # a wait for the device, which a smaller batch is worth
-                    result[left[hit]], done[left[hit]] = x[hit], True
+                    result[left[hit]], open_[left[hit]] = x[hit], False
                     keep = ~hit
                     left, x, origin, wanted, gradient = left[keep], x[keep], origin[keep], wanted[keep], gradient[keep]
                     if low is not None and high is not None:
                         low, high = low[keep], high[keep]
                     if not len(left):
-                        return Attacked(result, done)
+                        return result, open_
             if low is not None:  # the same in fewer passes over memory
                 assert high is not None
                 x = x.add(gradient.sign_(), alpha=sign * settings.step * eps)
@@ -132,9 +163,10 @@ def attack(
                 x = project(x + sign * settings.step * eps * direction(gradient, settings.norm), origin, eps, settings.norm)
             if progress is not None:
                 progress(step + 1, settings.steps)
+    if not drop:
+        return x, open_
     result[left] = x
-    done[left] = success(model, x, wanted, settings.targeted)
-    return Attacked(result, done)
+    return result, open_
 
 
 def success(model: LoadedModel, images: Tensor, classes: Tensor, targeted: bool) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 from harness import Curve, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 from harness.technique import Further
 
-from .attacks import Attack, attack, in_255ths
+from .attacks import Attack, in_255ths, perturbed
 from .shared import interval
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Confidence(Technique):
             settings = Attack("pgd", "linf", self.steps, 0.1, random_start=True)
 
             def worse(rows: slice) -> Tensor:
-                return attack(ctx.model, images[rows], own[rows], settings, self.eps / 255, ctx.draws(list(some.ids[rows]))).images
+                return perturbed(ctx.model, images[rows], own[rows], settings, self.eps / 255, ctx.draws(list(some.ids[rows])))
 
             made = torch.cat(list(ctx.batched(len(images), worse)))
             kinds.append((f"adversarial, {in_255ths(self.eps / 255)}", look(ctx, made)))

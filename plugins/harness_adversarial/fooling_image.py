@@ -6,7 +6,7 @@ import numpy as np
 
 from harness import ConfigError, Images, Metric, Paper, Param, Result, Table, Technique
 
-from .attacks import Attack, attack, in_255ths, lengths
+from .attacks import Attack, in_255ths, lengths, perturbed
 from .shared import AMPLIFIED
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class FoolingImage(Technique):
         eps = self.eps / 255
 
         def some(rows: slice) -> Tensor:
-            return attack(model, images[rows], wanted[rows], settings, eps, progress=lambda d, n: ctx.report("steps", d, n)).images
+            return perturbed(model, images[rows], wanted[rows], settings, eps, progress=lambda d, n: ctx.report("steps", d, n))
 
         made = torch.cat(list(ctx.batched(len(images), some)))
         logits = ctx.logits(made)

@@ -7,7 +7,7 @@ import numpy as np
 from harness import ConfigError, Matrix, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 from harness.technique import Further
 
-from .attacks import Attack, attack, in_255ths, project
+from .attacks import Attack, in_255ths, perturbed, project
 from .shared import interval
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class TransferMatrix(Technique):
         settings = Attack("transfer", "linf", self.steps, self.step_size, random_start=True)
 
         def some(rows: slice) -> Tensor:
-            return attack(model, pictures[rows], labels[rows], settings, eps, ctx.draws(ctx.ids[rows], stream=model.name)).images
+            return perturbed(model, pictures[rows], labels[rows], settings, eps, ctx.draws(ctx.ids[rows], stream=model.name))
 
         return fitted(torch.cat(list(ctx.batched(len(pictures), some))), ctx.images.shape[-1])
 
