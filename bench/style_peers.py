@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from harness.models import LoadedModel
 
 HISTORY = 10
+PACES: list[float] = []  # when passes of these networks began
 Steps = Callable[[int], object]
 
 
@@ -28,26 +30,28 @@ class Normalise(nn.Module):
         self.register_buffer("shift", model._shift.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
+        PACES.append(time.perf_counter())
         return x * self.get_buffer("scale") + self.get_buffer("shift")
 
 
-def chain(model: LoadedModel, last: str) -> list[tuple[str, nn.Module]]:
-    """The network down to a layer as modules one after the other, by their dotted names."""
+def chain(model: LoadedModel, layers: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """The network down to the last of the layers as modules one after the other, by their dotted names."""
     inner = copy.deepcopy(model.module).to(memory_format=torch.contiguous_format)
     found: list[tuple[str, nn.Module]] = [("normalise", Normalise(model))]
     for name, child in inner.named_children():
-        parts = [(f"{name}.{n}", m) for n, m in child.named_children()] if isinstance(child, nn.Sequential) else [(name, child)]
+        inside = any(layer.startswith(f"{name}.") for layer in layers)
+        parts = [(f"{name}.{n}", m) for n, m in child.named_children()] if inside else [(name, child)]
         for part in parts:
             found.append(part)
-            if part[0] == last:
+            if part[0] == layers[-1]:
                 return found
-    raise ValueError(f"{model.name} is not a chain of modules down to {last}")
+    raise ValueError(f"{model.name} is not a chain of modules down to {layers[-1]}")
 
 
 def peers(model: LoadedModel, picture: Tensor, style: Tensor, layers: Sequence[str], content: str) -> dict[str, Steps]:
     """{name: steps} of what can be imported."""
     made: dict[str, Steps] = {}
-    modules = chain(model, layers[-1])
+    modules = chain(model, layers)
     picture, style = picture.contiguous(), style.contiguous()
     if find_spec("pystiche"):
         made["pystiche"] = _pystiche(modules, picture, style, layers, content)

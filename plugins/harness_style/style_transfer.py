@@ -50,6 +50,7 @@ class StyleTransfer(Technique):
 
     name = "style_transfer"
     family = "style"
+    version = 2
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     reading = (

@@ -26,6 +26,7 @@ class WeiLevoyTexture(Technique):
 
     name = "wei_levoy_texture"
     family = "style"
+    version = 2
     paper = Paper("Wei, Levoy", 2000, "Fast Texture Synthesis using Tree-structured Vector Quantization", doi="10.1145/344779.345009")
     needs = frozenset({"dataset"})
     reading = (

@@ -52,13 +52,14 @@ class Multifaceted(Technique):
     Features go through PCA (50 axes) and t-SNE into the plane, where k-means finds the facets; a facet's start is the mean of the
     pictures nearest to its centre. The schedule is the authors' release: 190, 150, 20 and 10 steps of mean size 1 to 2 in 255ths,
     on random crops of a picture enlarged by 1.2, each followed by total-variation denoising (here of the whole picture, by
-    Chambolle's projection); smaller pictures take fewer steps and less denoising, in proportion to their side. As many random
-    starts are climbed for comparison. Cost: two forward passes a picture of the dataset, two forward and backward passes a step and
-    facet.
+    Chambolle's projection, which goes on from the step before); smaller pictures take fewer steps and less denoising, in proportion
+    to their side. As many random starts are climbed for comparison. Cost: two forward passes a picture of the dataset, two forward and
+    backward passes a step and facet.
     """
 
     name = "multifaceted"
     family = "synthesis"
+    version = 2
     paper = Paper("Nguyen, Yosinski, Clune", 2016, "Multifaceted Feature Visualization", arxiv="1602.03616")
     needs = frozenset({"dataset", "classifier"})
     reading = (
