@@ -25,6 +25,7 @@ import torch
 from style_peers import PACES, peers
 
 from harness.context import Context, Draws
+from harness.device import keep_freed_memory
 from harness.models import LoadedModel, load_model
 from harness.plugins import load_plugins
 from harness.registry import load_registry
@@ -58,6 +59,9 @@ def paces(model: LoadedModel, pairs: dict[str, tuple[Work, Work]], rounds: int) 
     return {name: statistics.median(found) for name, found in ratios.items()}
 
 
+STEPS = 12  # at the end of a run, of which the median counts: the first may go by another rule
+
+
 def _pace(model: LoadedModel, work: Work) -> float:
     begun = PACES  # of networks that are no part of the model, which write down themselves when a pass begins
     begun.clear()
@@ -66,7 +70,7 @@ def _pace(model: LoadedModel, work: Work) -> float:
         work()
     finally:
         handle.remove()
-    return statistics.median(after - before for before, after in pairwise(begun))
+    return statistics.median([after - before for before, after in pairwise(begun)][-STEPS:])
 
 
 def pictures(model: LoadedModel, count: int) -> torch.Tensor:
@@ -307,6 +311,7 @@ def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     from harness.generators import LoadedGenerator, UpconvGenerator
     from harness.registry import GeneratorEntry
     from harness_synthesis.blocks import blocks
+    from harness_synthesis.channel_visualization import REDIRECTED
     from harness_synthesis.class_visualization import prior_widths
 
     names = blocks(model)
@@ -341,7 +346,8 @@ def ascent(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
         build("class_visualization").build({"classes": list(range(count)), "steps": steps}).run(context(model, photo, "c", count))
 
     def channels(steps: int) -> None:
-        technique = build("channel_visualization").build({"layers": [layer], "channels": [0, 1], "steps": steps, "size": model.input.size})
+        settings = {"layers": [layer], "channels": [0, 1], "steps": REDIRECTED + steps, "size": model.input.size}
+        technique = build("channel_visualization").build(settings)
         technique._climb(ctx("channel_visualization"), layer, [0, 1], model.input.size)
 
     def dream(steps: int) -> None:
@@ -711,6 +717,7 @@ def main() -> None:
         "--only", nargs="*", default=[], help="saliency, gradients, occlusion, perturbation, ascent, adversarial, style, streaming, rest"
     )
     options = parser.parse_args()
+    keep_freed_memory()  # as around a run
     registry = load_registry()
     rows: list[tuple[str, str, float, str]] = []
     for name in options.models:

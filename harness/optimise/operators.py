@@ -100,7 +100,7 @@ class Denoise:
     """
 
     weight: Callable[[int], float]
-    iterations: int = 3
+    iterations: int = 2
     first: int = 20
 
     def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
@@ -153,13 +153,13 @@ def total_variation_denoised(images: Tensor, weight: float, iterations: int = 20
     dx, dy = torch.zeros_like(images), torch.zeros_like(images)  # the last column and row stay 0: no difference across the edge
     rate = 0.25 / weight
     for _ in range(iterations):
-        u = torch.add(images, _divergence(px, py), alpha=weight)
+        u = _divergence(px, py).mul_(weight).add_(images)
         torch.sub(u[..., 1:], u[..., :-1], out=dx[..., :-1])
         torch.sub(u[..., 1:, :], u[..., :-1, :], out=dy[..., :-1, :])
         scale = torch.hypot(dx, dy).mul_(rate).add_(1)
         px.add_(dx, alpha=rate).div_(scale)
         py.add_(dy, alpha=rate).div_(scale)
-    return torch.add(images, _divergence(px, py), alpha=weight)
+    return _divergence(px, py).mul_(weight).add_(images)
 
 
 def _divergence(px: Tensor, py: Tensor) -> Tensor:

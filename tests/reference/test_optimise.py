@@ -337,7 +337,7 @@ def test_denoising_is_scikit_images(weight):
 
 
 def test_denoising_that_goes_on_is_nearer_to_its_minimum_than_one_begun_anew():
-    """A picture that moves by a 255th a step, as in ascent: three iterations from where the last step stood against twenty."""
+    """A picture that moves by a 255th a step, as in ascent: two iterations from where the last step stood against twenty."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand((2, 3, 24, 20), generator=generator, dtype=torch.float64)
     memory = {}

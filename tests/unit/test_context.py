@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+
 import pytest
 import torch
 
@@ -168,6 +171,18 @@ def test_switches_are_set_during_a_run_and_put_back():
         assert facts.kind == "cpu"
         raise KeyError
     assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the switch is glibc's")
+def test_pages_are_cleared_once_and_not_for_every_pass():
+    def faults():
+        begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 * 2**20)  # 64 MB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun
+
+    with device_settings("cpu"):
+        found = [faults() for _ in range(30)]
+    assert sum(found[-10:]) < 16 * 2**20 * 4 // resource.getpagesize() // 10, "else each would clear all its pages"
 
 
 def test_lower_precision_is_autocast(digits_cnn):
