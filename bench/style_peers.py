@@ -64,7 +64,7 @@ def _pystiche(modules: list[tuple[str, nn.Module]], picture: Tensor, style: Tens
     for name, addresses in (("alexnet", {"alexnet": ""}), ("vgg", {})):  # names that it still looks for in torchvision
         module = importlib.import_module(f"torchvision.models.{name}")
         if not hasattr(module, "model_urls"):
-            module.model_urls = addresses  # type: ignore[attr-defined]
+            module.model_urls = addresses
     from pystiche import enc, loss, optim
 
     encoder = enc.MultiLayerEncoder([(name.replace(".", "_"), module) for name, module in modules])

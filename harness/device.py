@@ -1,7 +1,7 @@
 """One device for a run, with the switches that make its results repeatable; all of them are recorded.
 
 Set around a run and put back afterwards: deterministic algorithms, cuDNN without benchmarking, TF32 off. On a CPU the process also keeps
-the memory it frees until the run ends.
+the memory it frees until the run ends; that it may do so stays set, as glibc has no way back to what it does by itself.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Module = TypeVar("Module", bound=nn.Module)
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -132,6 +138,13 @@ def keep_freed_memory() -> ctypes.CDLL | None:
     libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(MMAP_THRESHOLD, 2**30)
     return libc
+
+
+def placed(module: Module, device: str | torch.device) -> Module:
+    """The module on a device, its kernels channels last as pictures come."""
+    import torch
+
+    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
 
 
 def peak_memory(device: str) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import hooks
 from .builders import build_module
 from .datasets import class_names
+from .device import placed
 from .errors import ConfigError, NotApplicable, did_you_mean, unknown
 from .registry import InputSpec, Registry
 from .weights import weights_hash
@@ -39,7 +40,7 @@ class LoadedModel:
     ) -> None:
         self.name, self.input, self.classes, self.weights = name, spec, tuple(classes), weights
         self.device = torch.device(device)
-        self.module = module.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = placed(module.eval().requires_grad_(False), self.device)
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
         self.dtype = dtype
         self._mean = torch.tensor(spec.mean, device=self.device, dtype=dtype).view(1, -1, 1, 1)

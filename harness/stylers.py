@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .builders import build_module
+from .device import placed
 
 if TYPE_CHECKING:
     from .registry import Registry, StylerEntry
@@ -143,7 +144,7 @@ class LoadedStyler:
     def __init__(self, module: nn.Module, name: str, styles: Sequence[str], device: str | torch.device) -> None:
         self.name, self.styles = name, tuple(styles)
         self.device = torch.device(device)
-        self.module = module.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = placed(module.eval().requires_grad_(False), self.device)
 
     def __call__(self, images: Tensor, mix: Sequence[float] = ()) -> Tensor:
         """Pictures (N, C, H, W) in [0, 1] in the style, or the mixture of styles by their weights."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import yamlfile
 from .context import stable_seed, to_images
 from .datasets import Dataset, at_size, load_dataset, named_picture, picture_place
-from .device import device_kind, device_settings
+from .device import device_kind, device_settings, placed
 from .errors import ConfigError
 from .models import LoadedModel, load_model
 from .optimise import content_error, evaluate, gram, style_error, total_variation
@@ -29,7 +29,6 @@ from .stylers import ConditionalInstanceNorm, TransformNet, load_styler
 
 Report = Callable[[str, int, int], None]
 BUILDER = "harness.stylers:TransformNet"
-LAYOUT = torch.channels_last
 RAMP = 0.2  # share of the steps over which the weight of the style rises
 SAVED = 200  # steps between two states on disk
 
@@ -165,14 +164,13 @@ def _network(
             args: dict[str, Any] = {
                 "channels": channels, "width": recipe.width, "blocks": recipe.blocks, "styles": len(names), "norm": recipe.norm,
             }  # fmt: skip
-            return TransformNet(**args).to(device, memory_format=LAYOUT), args, names, 0  # type: ignore[call-overload]
+            return placed(TransformNet(**args), device), args, names, 0
     base = registry.styler(recipe.base)
     if base.args.get("norm", "instance") != "instance":
         raise ConfigError(f"{recipe.where}: styler {recipe.base!r} has batch norm; only conditional instance norm learns further styles")
     args = {**base.args, "styles": len(base.styles) + len(names)}
     module = TransformNet(**args)
-    grown = extended(load_styler(recipe.base, registry).module, module).to(device, memory_format=LAYOUT)  # type: ignore[call-overload]
-    return grown, args, [*base.styles, *names], len(base.styles)
+    return placed(extended(load_styler(recipe.base, registry).module, module), device), args, [*base.styles, *names], len(base.styles)
 
 
 def extended(base: nn.Module, module: TransformNet) -> TransformNet:
