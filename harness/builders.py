@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .device import seeded
 from .errors import ConfigError, WeightsError, did_you_mean, unknown
 from .hookspecs import hookimpl
 from .registry import ModelEntry
@@ -31,9 +32,7 @@ def build_module(name: str, entry: ModelEntry) -> nn.Module:
     scheme, _, rest = entry.builder.partition(":")
     builders = load_plugins().offers("model_builders")
     seed = int(entry.weights.partition(":")[2]) if state is None else 0
-    # Initialisation draws from torch's global generator; give it back as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             if scheme in builders:
                 module = builders[scheme][0](rest, **entry.args)

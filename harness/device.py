@@ -12,7 +12,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -20,7 +20,7 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     Module = TypeVar("Module", bound=nn.Module)
 
@@ -123,6 +123,39 @@ def device_settings(choice: str, precision: str = "float32") -> Iterator[DeviceF
             libc.malloc_trim(0)
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which passes are computed in the precision of their tensors, also within a run in a lower one: what is very small,
+    or summed over very many, does not survive that."""
+    import torch
+
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """In single precision where it is in a lower one."""
+    return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initialisations, which draw from torch's own generator on the CPU, under a seed; the generator is given back as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would change those of all devices as well
+        yield
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a device, before a clock is read."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for what it sets, see malloc.h
 
 
@@ -135,8 +168,10 @@ def keep_freed_memory() -> ctypes.CDLL | None:
     if platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)
-    libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
-    libc.mallopt(MMAP_THRESHOLD, 2**30)
+    # Either setting ends glibc's own adjustment of both, and older versions refuse more than 32 MB for the second: which still spares
+    # the blocks below.
+    if libc.mallopt(MMAP_THRESHOLD, 2**30) or libc.mallopt(MMAP_THRESHOLD, 2**25):
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
     return libc
 
 

@@ -3,7 +3,7 @@ al. 2017), or into one of four times the size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,7 +14,7 @@ from .builders import build_module
 from .device import placed
 
 if TYPE_CHECKING:
-    from .registry import Registry, StylerEntry
+    from .registry import ModelEntry, Registry, StylerEntry
 
 Norm = Literal["instance", "batch"]
 
@@ -67,12 +67,15 @@ class TransformNet(nn.Module):
     """c9s1-32, d64, d128, R128 x 5, u64, u32, c9s1-3 (Johnson et al. 2016, arXiv:1603.08155, supplement) with reflected padding and
     enlargement by repetition in place of strided transposed convolutions; 1,679,235 parameters with one style.
 
-    Pictures (N, channels, H, W) in [0, 1] of any size from 16 up -> the same shape, in [0, 1].
+    Pictures (N, channels, H, W) in [0, 1] of any size from 16 up -> the same shape, in [0, 1]: by a sigmoid, or with `squash` off by
+    cutting off what lies beyond, as networks do that were trained elsewhere.
     """
 
-    def __init__(self, channels: int = 3, width: int = 32, blocks: int = 5, styles: int = 1, norm: Norm = "instance") -> None:
+    def __init__(
+        self, channels: int = 3, width: int = 32, blocks: int = 5, styles: int = 1, norm: Norm = "instance", squash: bool = True
+    ) -> None:
         super().__init__()
-        self.styles = styles
+        self.styles, self.squash = styles, squash
         self.down = nn.ModuleList(
             _Layer(into, out, kernel, stride, norm, styles)
             for into, out, kernel, stride in ((channels, width, 9, 1), (width, 2 * width, 3, 2), (2 * width, 4 * width, 3, 2))
@@ -95,12 +98,42 @@ class TransformNet(nn.Module):
         for layer in self.up:
             x = F.relu(layer(F.interpolate(x, scale_factor=2.0), mix))
         x = self.out(F.pad(x, (4,) * 4, mode="reflect"))
-        return torch.sigmoid(x)[..., :height, :width]
+        x = torch.sigmoid(x) if self.squash else x.clamp(0, 1)
+        return x[..., :height, :width]
 
     def row(self, style: int) -> list[Tensor]:
         """Views of gamma and beta of one style, all there is of it in the network."""
         norms = [m for m in self.modules() if isinstance(m, ConditionalInstanceNorm)]
         return [table.data[style] for m in norms for table in (m.gamma, m.beta)]
+
+
+_EXAMPLES = {  # a layer of TransformNet, and the convolution and the norm that stand for it in the example's network
+    **{f"down.{i}": (f"conv{i + 1}", f"in{i + 1}") for i in range(3)},
+    **{
+        f"residual.{i}.{part}": (f"res{i + 1}.conv{n}", f"res{i + 1}.in{n}")
+        for i in range(5)
+        for n, part in enumerate(("first", "second"), 1)
+    },
+    "up.0": ("deconv1", "in4"),
+    "up.1": ("deconv2", "in5"),
+}
+
+
+def from_pytorch_examples(state: Mapping[str, Tensor], entry: ModelEntry) -> dict[str, Tensor]:
+    """Weights of the `fast_neural_style` network of github.com/pytorch/examples as those of `TransformNet(squash=False)`.
+
+    That network takes and makes pictures in 0..255, and its norms may hold running means of older versions of torch, which play no part.
+    Scales go into the first and the last convolution, so that at sides that are multiples of four both make the same picture.
+    """
+    found: dict[str, Tensor] = {}
+    for ours, (conv, norm) in _EXAMPLES.items():
+        found[f"{ours}.conv.weight"], found[f"{ours}.conv.bias"] = state[f"{conv}.conv2d.weight"], state[f"{conv}.conv2d.bias"]
+        found[f"{ours}.norm.gamma"], found[f"{ours}.norm.beta"] = state[f"{norm}.weight"][None], state[f"{norm}.bias"][None]
+    first = found["down.0.conv.weight"]  # which meets 4 (x - 0.5) and expects 255 x
+    found["down.0.conv.bias"] = found["down.0.conv.bias"] + 127.5 * first.sum((1, 2, 3))
+    found["down.0.conv.weight"] = first * (255 / 4)
+    found["out.weight"], found["out.bias"] = state["deconv3.conv2d.weight"] / 255, state["deconv3.conv2d.bias"] / 255
+    return found
 
 
 class SuperResolutionNet(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import yamlfile
 from .context import stable_seed, to_images
 from .datasets import Dataset, load_dataset
-from .device import device_kind, device_settings
+from .device import device_kind, device_settings, seeded
 from .errors import ConfigError
 from .generators import UpconvGenerator
 from .models import LoadedModel, load_model
@@ -73,10 +73,10 @@ def train_generator(
         shape = list(task.encoder.layer_shape(task.layer))
         spec = task.encoder.input
         args: dict[str, Any] = {"code": shape, "channels": spec.channels, "size": spec.size, "width": recipe.width}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_seed("generator", recipe.seed))
-            generator = UpconvGenerator(**args).to(kind)
-            discriminator = Discriminator(spec.channels, spec.size).to(kind)
+        with seeded(stable_seed("generator", recipe.seed)):
+            generator, discriminator = UpconvGenerator(**args), Discriminator(spec.channels, spec.size)
+        generator.to(kind)
+        discriminator.to(kind)
         losses = _fit(generator, discriminator, task, recipe, report)
         measured = _measured(generator, task, recipe.batch_size)
     path = folder / f"{name}.safetensors"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import yamlfile
 from .context import stable_seed, to_images
 from .datasets import Dataset, at_size, load_dataset, named_picture, picture_place
-from .device import device_kind, device_settings, placed
+from .device import device_kind, device_settings, placed, seeded
 from .errors import ConfigError
 from .models import LoadedModel, load_model
 from .optimise import content_error, evaluate, gram, style_error, total_variation
@@ -158,8 +158,7 @@ def _network(
     recipe: StylerRecipe, registry: Registry, channels: int, names: list[str], device: str
 ) -> tuple[TransformNet, dict[str, Any], list[str], int]:
     """(network, its arguments, names of all its styles, the first that is learnt)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stable_seed("styler", recipe.seed))
+    with seeded(stable_seed("styler", recipe.seed)):
         if not recipe.base:
             args: dict[str, Any] = {
                 "channels": channels, "width": recipe.width, "blocks": recipe.blocks, "styles": len(names), "norm": recipe.norm,

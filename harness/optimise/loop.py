@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..context import Draws
+from ..device import full_precision
 from ..models import LoadedModel
 from .conditioners import Conditioner
 from .objectives import Objective, evaluate
@@ -127,8 +128,8 @@ def ascend(
 
     step_size    a number, or a function of the step
     rule         a Rule, or the name of one: 'normalised', 'mean_abs', 'constant', 'scaled', 'progress', 'momentum', 'adam',
-                 'lbfgs', 'line_search'; `gain` is that of 'scaled' and 'progress'. No score ever falls under the last two;
-                 they compare scores, so random transforms may not stand beside them.
+                 'lbfgs', 'line_search'; `gain` is that of 'scaled' and 'progress'. Under 'lbfgs' and 'line_search' no score
+                 ever falls; they compare scores, so random transforms may not stand beside them.
     snapshots    how many pictures on the way are kept
     converged    a picture is left as it is once the mean of its objective over 20 steps exceeds that of the 20 before by less
                  than this share of it; the loop ends when all are. 0: never
@@ -163,6 +164,11 @@ def ascend(
     wanted = {done + round((steps - done) * (i + 1) / snapshots) for i in range(snapshots)} if snapshots and steps > done else set()
     reached = done
 
+    def condition(move: Tensor) -> Tensor:
+        for conditioner in conditioners:
+            move = conditioner(move)
+        return move
+
     for step in range(done, steps):
         with during(step) if during else nullcontext():
             score, gradient = _score_and_gradient(model, objective, z, made, transforms, draws)
@@ -191,19 +197,16 @@ def ascend(
                 resting = resting | still
             if not bool((alive & ~resting).any()):
                 break
-        with _precise(z.device):
-            move = gradient
-            for conditioner in conditioners:
-                move = conditioner(move)
+        with full_precision(z.device):
             size = size_at(step)
-            new = z + law(memory, gradient, move, size, step, fresh=step > 0 and size != size_at(step - 1))
+            new = z + law(memory, gradient, condition, size, step, fresh=step > 0 and size != size_at(step - 1))
             for act in acts:
                 new = act(new, gradient, step)
         z = _chosen(alive & ~resting, new, z)
         reached = step + 1
         if reached in wanted:
-            with torch.no_grad():  # of a careful rule the last picture that was kept: this step is not judged yet
-                shots.append((reached, made.images(before[0] if law.careful else z).clone()))
+            # Of a careful rule the last picture that was kept: this step is not judged yet.
+            shots.append((reached, _pictures(made, before[0] if law.careful else z).clone()))
         if progress is not None:
             progress("steps", reached, steps)
     # A picture that rests keeps the random numbers it would have had alone, and one that is lost nothing that is not a number.
@@ -220,10 +223,8 @@ def ascend(
             kept_before = dict(zip(("kept_variables", "kept_gradient", "kept_score"), before, strict=True))
             ended |= {n: torch.where(rows(alive, v), v, torch.zeros_like(v)) for n, v in kept_before.items()}
         # The last step has not been looked at yet.
-        with torch.no_grad():
-            image = seen = made.images(z)
-            for transform in transforms:
-                seen = transform(seen, draws)
+        with torch.no_grad(), during(reached) if during else nullcontext():
+            image, seen = _seen(z, made, transforms, draws)
             final = evaluate(model, objective, seen, image)
         draws.restore(stand)
         kept = final >= before[2] if law.careful else torch.isfinite(final)
@@ -231,8 +232,7 @@ def ascend(
         if not law.careful:  # which takes back what does not rise
             alive = alive & kept
             ended |= {"variables": z, "alive": alive}
-    with torch.no_grad():
-        images = made.images(z)
+    images = _pictures(made, z)
     if shots and shots[-1][0] == reached:
         shots[-1] = (reached, images.clone())
     elif snapshots and done < reached < steps:
@@ -257,11 +257,6 @@ def _laid_out(z: Tensor) -> Tensor:
     return z.clone(memory_format=form)
 
 
-def _precise(device: torch.device) -> AbstractContextManager[object]:
-    """Only the passes may run in lower precision: Fourier transforms and small steps cannot."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
 def _finite(gradient: Tensor) -> Tensor:
     """(N,) whether all of a picture's gradient is finite: what is not makes its sum so."""
     return torch.isfinite(gradient.flatten(1).sum(1))
@@ -279,10 +274,23 @@ def _score_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
-        pictures = made.images(leaf)
-        seen = pictures
+        pictures, seen = _seen(leaf, made, transforms, draws)
+        score = evaluate(model, objective, seen, pictures)
+        with full_precision(z.device):
+            gradient = torch.autograd.grad(score.sum(), leaf)[0]
+    return score.detach(), gradient
+
+
+def _seen(z: Tensor, made: Parametrisation, transforms: Sequence[Transform], draws: Draws) -> tuple[Tensor, Tensor]:
+    """The pictures, and what the model is shown of them. Only its own passes may run in lower precision: Fourier transforms, places in
+    a picture and small steps cannot."""
+    with full_precision(z.device):
+        pictures = seen = made.images(z)
         for transform in transforms:
             seen = transform(seen, draws)
-        score = evaluate(model, objective, seen, pictures)
-        gradient = torch.autograd.grad(score.sum(), leaf)[0]
-    return score.detach(), gradient
+    return pictures, seen
+
+
+def _pictures(made: Parametrisation, z: Tensor) -> Tensor:
+    with torch.no_grad(), full_precision(z.device):
+        return made.images(z)

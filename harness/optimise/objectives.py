@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import at_least_single, full_precision
 from ..hooks import ANSWER
 from ..models import LoadedModel
 from .rules import rows
@@ -58,7 +59,7 @@ def guide_match(layer: str, guide: Tensor) -> Objective:
 
     The gradient at a place is that feature of the guide, as in the guided dreams of Mordvintsev, Olah & Tyka 2015.
     """
-    features = guide.flatten(1)  # (C, J)
+    features = at_least_single(guide.flatten(1))  # (C, J)
 
     def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
         own = outputs[layer].flatten(2)  # (N, C, P)
@@ -69,6 +70,7 @@ def guide_match(layer: str, guide: Tensor) -> Objective:
 
 def feature_error(layer: str, features: Tensor) -> Objective:
     """||phi(x) - phi0||^2 / ||phi0||^2 of each picture, phi0 = features[i] (Mahendran & Vedaldi 2015, eq. 2); subtract it."""
+    features = at_least_single(features)
     size = features.flatten(1).square().sum(1).clamp_min(torch.finfo(features.dtype).tiny)
 
     def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
@@ -189,10 +191,12 @@ def _inner(x: Tensor) -> tuple[int, ...]:
 
 
 def evaluate(model: LoadedModel, objective: Objective, seen: Tensor, pictures: Tensor) -> Tensor:
-    """(N,) scores: layers look at `seen` (the transformed pictures), penalties at the pictures themselves."""
+    """(N,) scores: layers look at `seen` (the transformed pictures), penalties at the pictures themselves. Only the layers' own work may
+    be done in lower precision: sums over all positions are beyond what that can count."""
     layers = sorted(objective.layers)
     if layers == [ANSWER]:
         outputs = {ANSWER: model(seen)}
     else:
         outputs = model.activations(seen, layers) if layers else {}
-    return objective.score(outputs, pictures)
+    with full_precision(pictures.device):
+        return objective.score({layer: at_least_single(found) for layer, found in outputs.items()}, pictures)

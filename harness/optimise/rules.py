@@ -6,6 +6,7 @@ row a picture, so that pictures do not influence one another and work can go on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor
 
 Memory = dict[str, Tensor]
+Condition = Callable[[Tensor], Tensor]
 
 
 class Rule(Protocol):
-    """`move` is the gradient after the conditioners; `size` the step size of this step, `fresh` whether it is another than before."""
+    """`condition` does to a gradient what the conditioners do; `size` is the step size of this step, `fresh` whether it is another than
+    before."""
 
     careful: ClassVar[bool]  # a step after which a picture scores less is taken back; `judged` then hears of it
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor: ...
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor: ...
 
     def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
         """Hear which pictures' last step was kept (N,), how the variables moved and how the gradient changed on the way."""
@@ -63,7 +66,8 @@ class _Plain:
 class Normalised(_Plain):
     """size * g / rms(g): size is the RMS change of a variable."""
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
+        move = condition(gradient)
         return move * _over(size, average(move.square()).sqrt())
 
 
@@ -71,7 +75,8 @@ class Normalised(_Plain):
 class MeanAbs(_Plain):
     """size * g / mean(|g|): size is the mean change of a variable (DeepDream's step)."""
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
+        move = condition(gradient)
         return move * _over(size, average(move.abs()))
 
 
@@ -79,19 +84,20 @@ class MeanAbs(_Plain):
 class Constant(_Plain):
     """size * g."""
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
-        return size * move
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
+        return size * condition(gradient)
 
 
 @dataclass(frozen=True)
 class Scaled(_Plain):
-    """rate * g, the rate being gain / ||g||^2 at the first step: a constant that suits the model."""
+    """rate * g, the rate being gain / ||g||^2 at the first step with a gradient: a constant that suits the model."""
 
     gain: float = 2.0
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
-        if "rate" not in memory:
-            memory["rate"] = _over(self.gain, total(gradient * move))
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
+        move = condition(gradient)
+        found = _over(self.gain, total(gradient * move))
+        memory["rate"] = torch.where(memory["rate"] > 0, memory["rate"], found) if "rate" in memory else found
         return memory["rate"] * move
 
 
@@ -101,7 +107,8 @@ class Progress(_Plain):
 
     gain: float = 2.0
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
+        move = condition(gradient)
         return size * move * (self.gain / total(gradient * move).clamp_min(_tiny(move)) / size).clamp_max(1)
 
 
@@ -111,7 +118,8 @@ class Momentum(_Plain):
 
     beta: float = 0.9
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
+        move = condition(gradient)
         velocity = size * move
         if "velocity" in memory and not fresh:
             velocity.add_(memory["velocity"], alpha=self.beta)
@@ -127,7 +135,8 @@ class Adam(_Plain):
     beta2: float = 0.999
     eps: float = 1e-8
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
+        move = condition(gradient)
         zero = torch.zeros_like(move)
         memory["mean"] = torch.lerp(move, memory.get("mean", zero), self.beta1)
         memory["square"] = torch.lerp(move.square(), memory.get("square", zero), self.beta2)
@@ -141,7 +150,8 @@ class LineSearch:
 
     careful: ClassVar[bool] = True
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
+        move = condition(gradient)
         if "size" not in memory:
             memory["size"] = torch.full_like(rows(move.flatten(1)[:, 0], move), size)
         return memory["size"] * move
@@ -154,64 +164,70 @@ class LineSearch:
 
 @dataclass(frozen=True)
 class LBFGS:
-    """Quasi-Newton steps from the last `history` changes of variables and gradient (Nocedal 1980; two-loop recursion), each
-    picture with a memory of its own. A step that lowers the score is taken back and halved; the first, and those after
-    six halvings in a row, go along the gradient with an RMS change of `size`.
+    """Quasi-Newton steps from the last `history` changes s of the variables and y of the gradient (Nocedal 1980; two-loop recursion, the
+    conditioners being what is known of the inverse Hessian beforehand), each picture with a memory of its own. A step that lowers the
+    score is taken back and halved; the first, and those after six halvings in a row, go along the gradient with an RMS change of `size`.
 
-    The recursion runs over the inner products of what is remembered, and only its outcome over the variables (Chen, Wang & Zhou
-    2014, "Large-scale L-BFGS using MapReduce"): what is remembered is read twice a step where the recursion itself reads it ten times.
+    Either loop runs over inner products, so that the changes are read as matrices and not one by one (after Chen, Wang & Zhou 2014,
+    "Large-scale L-BFGS using MapReduce").
     """
 
     history: int = 10
     careful: ClassVar[bool] = True
 
-    def __call__(self, memory: Memory, gradient: Tensor, move: Tensor, size: float, step: int, fresh: bool) -> Tensor:
-        g, m = _flat(move), self.history
+    def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
+        g, m = _flat(gradient), self.history
         if "size" not in memory:
             one = torch.ones_like(g[:, 0])
             memory["size"], memory["curvature"], memory["rho"] = one, torch.zeros_like(one), g.new_zeros((len(g), m))
-            # The changes s of the variables, then y of the gradient, in a ring; and the inner products of all of these.
-            memory["pairs"], memory["products"] = g.new_zeros((len(g), 2 * m, g.shape[1])), g.new_zeros((len(g), 2 * m, 2 * m))
-        along = torch.bmm(memory["pairs"], g[:, :, None]).squeeze(2)
-        of_s, of_y = self._combination(memory, along, step)
-        q = torch.baddbmm(rows(memory["curvature"], g[:, None]) * g[:, None], torch.cat([of_s, of_y], 1)[:, None], memory["pairs"])
-        plain = g * _over(size, average(g.square()).sqrt())
-        known = memory["curvature"][:, None] > 0
-        return _shaped(memory["size"][:, None] * torch.where(known, q.squeeze(1), plain), move)
-
-    def _combination(self, memory: Memory, along: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """(N, history) each: how much of every s and of every y is in the step, beside the gradient times the curvature."""
-        m, kind = self.history, torch.float32 if along.device.type == "mps" else torch.float64
-        along, products, rho = along.to(kind), memory["products"].to(kind), memory["rho"].to(kind)
-        curvature = memory["curvature"].to(kind)
-        newest_first = [k % m for k in range(step - 1, max(-1, step - 1 - m), -1)]  # places never filled have rho 0
-        of_s, of_y, weights = torch.zeros_like(rho), torch.zeros_like(rho), torch.zeros_like(rho)
-        for k in newest_first:
-            weights[:, k] = rho[:, k] * (along[:, k] + (products[:, k, m:] * of_y).sum(1))
-            of_y[:, k] = -weights[:, k]
-        of_y = of_y * curvature[:, None]
-        on_y = curvature[:, None] * along[:, m:] + (products[:, m:, m:] * of_y[:, None]).sum(2)
-        for k in reversed(newest_first):
-            of_s[:, k] = weights[:, k] - rho[:, k] * (on_y[:, k] + (products[:, m + k, :m] * of_s).sum(1))
-        return of_s.to(memory["rho"].dtype), of_y.to(memory["rho"].dtype)
+            # Rings of s and y, how many were put into them, and the products s_i . y_j.
+            memory["moves"], memory["bends"] = g.new_zeros((len(g), m, g.shape[1])), g.new_zeros((len(g), m, g.shape[1]))
+            memory["kept"], memory["products"] = torch.zeros_like(one, dtype=torch.int64), g.new_zeros((len(g), m, m))
+        newest = (memory["kept"][:, None] - 1 - torch.arange(m, device=g.device)) % m  # (N, m) places in the rings, the newest first
+        kind = torch.float32 if g.device.type == "mps" else torch.float64
+        rho = memory["rho"].gather(1, newest).to(kind)  # zero in places that were never filled, and so are their coefficients
+        products = memory["products"].gather(1, newest[:, :, None].expand(-1, -1, m)).gather(2, newest[:, None].expand(-1, m, -1)).to(kind)
+        along = torch.bmm(memory["moves"], g[:, :, None]).squeeze(2).gather(1, newest).to(kind)
+        of_y = torch.zeros_like(rho)
+        for k in range(m):
+            of_y[:, k] = rho[:, k] * (along[:, k] - (products[:, k] * of_y).sum(1))
+        q = torch.baddbmm(g[:, None], _placed(of_y, newest, g), memory["bends"], alpha=-1)
+        q = q.squeeze(1)
+        first = _flat(condition(_shaped(q, gradient)))
+        # In the units of the inverse Hessian, whatever those of the conditioners are; along the gradient while nothing is known.
+        curvature = memory["curvature"][:, None] * _over(1.0, total(q * first)) * total(q.square())
+        first = first * torch.where(curvature > 0, curvature, _over(size, average(first.square()).sqrt()))
+        across = torch.bmm(memory["bends"], first[:, :, None]).squeeze(2).gather(1, newest).to(kind)
+        of_s = torch.zeros_like(rho)
+        for k in reversed(range(m)):
+            of_s[:, k] = of_y[:, k] - rho[:, k] * (across[:, k] + (products[:, :, k] * of_s).sum(1))
+        found = torch.baddbmm(first[:, None], _placed(of_s, newest, g), memory["moves"])
+        return _shaped(memory["size"][:, None] * found.squeeze(1), gradient)
 
     def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
-        """Stores the pair of the step before `step`: s, and y = -(change of the gradient), since the score is to rise."""
-        m, pairs, products = self.history, memory["pairs"], memory["products"]
-        k = (step - 1) % m
-        pairs[:, k], pairs[:, m + k] = _flat(moved), -_flat(bent)
-        both = torch.bmm(pairs, pairs[:, [k, m + k]].transpose(1, 2))  # (N, 2 m, 2)
-        products[:, :, [k, m + k]], products[:, [k, m + k]] = both, both.transpose(1, 2)
-        product, long, square = both[:, m + k, 0], both[:, k, 0], both[:, m + k, 1]
+        """Stores s and y = -(change of the gradient), since the score is to rise. What is no good pair lies in the place of the oldest,
+        counts nothing and is written over by the next."""
+        s, y, moves, bends = _flat(moved), -_flat(bent), memory["moves"], memory["bends"]
+        row, k = torch.arange(len(s), device=s.device), memory["kept"] % self.history
+        moves[row, k], bends[row, k] = s, y
+        memory["products"][row, k] = torch.bmm(bends, s[:, :, None]).squeeze(2)
+        memory["products"][row, :, k] = torch.bmm(moves, y[:, :, None]).squeeze(2)
+        product, long, square = memory["products"][row, k, k], s.square().sum(1), y.square().sum(1)
         good = rose & (product > 1e-10 * (square * long).sqrt())
         zero = torch.zeros_like(product)
-        memory["rho"][:, k] = torch.where(good, 1 / product, zero)  # a pair that is not good changes nothing
+        memory["rho"][row, k] = torch.where(good, 1 / product, zero)
+        memory["kept"] = memory["kept"] + good
         memory["curvature"] = torch.where(good, product / square, memory["curvature"])
         size = torch.where(rose, torch.ones_like(memory["size"]), memory["size"] * 0.5)
         lost = ~rose & (size < 1 / 64) & (memory["curvature"] > 0)
         memory["curvature"] = torch.where(lost, zero, memory["curvature"])
         memory["rho"] = torch.where(lost[:, None], torch.zeros_like(memory["rho"]), memory["rho"])
         memory["size"] = torch.where(lost, torch.ones_like(size), size)
+
+
+def _placed(coefficients: Tensor, places: Tensor, like: Tensor) -> Tensor:
+    """(N, 1, m) coefficients put where in the ring what they belong to lies."""
+    return torch.zeros_like(coefficients).scatter(1, places, coefficients).to(like.dtype)[:, None]
 
 
 def _flat(x: Tensor) -> Tensor:

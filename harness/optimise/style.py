@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..device import at_least_single, full_precision
 from .objectives import Objective, feature_error, half_square
 
 Divisor = Literal["hw", "chw", "none"]
@@ -17,7 +18,8 @@ Form = Literal["relative", "absolute"]
 def gram(features: Tensor, divisor: Divisor = "hw") -> Tensor:
     """G = F F^T / divisor (N, C, C) of features (N, C, H, W): sums over positions of products of channels."""
     _, c, height, width = features.shape
-    found: Tensor = _Gram.apply(features, 1 / {"hw": height * width, "chw": c * height * width, "none": 1}[divisor])
+    with full_precision(features.device):
+        found: Tensor = _Gram.apply(at_least_single(features), 1 / {"hw": height * width, "chw": c * height * width, "none": 1}[divisor])
     return found
 
 
@@ -36,7 +38,8 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         n, c, height, width = ctx.shape
-        slope = rows @ (gradient + gradient.transpose(1, 2)).mul_(ctx.factor)
+        with full_precision(gradient.device):
+            slope = rows @ (gradient + gradient.transpose(1, 2)).mul_(ctx.factor)
         return slope.view(n, height, width, c).permute(0, 3, 1, 2), None
 
 
@@ -71,4 +74,5 @@ def content_error(layer: str, features: Tensor, form: Form = "relative") -> Obje
     """||F - P||^2 / ||P||^2 at a layer; absolute: half the squared distance (Gatys et al. 2016, eq. 1). Subtract it."""
     if form == "relative":
         return feature_error(layer, features)
-    return Objective(frozenset({layer}), lambda outputs, _: half_square(outputs[layer] - features))
+    wanted = at_least_single(features)
+    return Objective(frozenset({layer}), lambda outputs, _: half_square(outputs[layer] - wanted))

@@ -114,8 +114,8 @@ class Crop:
     spread: float = 0.3
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        room = [n - self.size for n in images.shape[2:]]
-        if max(room) <= 0:
+        room = [max(0, n - self.size) for n in images.shape[2:]]
+        if max(room) == 0:
             return images
         # Places are needed as numbers on the host: drawn there, so that no device is waited for.
         corners = []

@@ -219,13 +219,12 @@ def fresh(module: nn.Module, seed: int) -> nn.Module:
     """A copy of a network with weights drawn anew, as if it had just been built; NotApplicable where a layer cannot draw its own."""
     import copy
 
-    import torch
-
     from harness.context import stable_seed
+    from harness.device import placed, seeded
 
-    made = copy.deepcopy(module).requires_grad_(True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stable_seed("fresh", seed))
+    device = next(module.parameters()).device
+    made = copy.deepcopy(module).requires_grad_(True).cpu()  # where weights are drawn, so that all devices see the same
+    with seeded(stable_seed("fresh", seed)):
         for name, part in made.named_modules():
             own = list(part.parameters(recurse=False))
             if not own:
@@ -234,4 +233,4 @@ def fresh(module: nn.Module, seed: int) -> nn.Module:
             if reset is None:
                 raise NotApplicable(f"needs layers that can draw new weights; {name or 'the network'} ({type(part).__name__}) cannot")
             reset()
-    return made
+    return placed(made, device)

@@ -123,7 +123,7 @@ def _stepped(
     import torch
     import torch.nn.functional as F
 
-    from harness_saliency.measures import full_precision
+    from harness.device import full_precision
 
     open_ = torch.ones(len(images), dtype=torch.bool, device=images.device)
     if eps == 0 or settings.steps == 0:
@@ -138,7 +138,7 @@ def _stepped(
     left = torch.arange(len(x), device=x.device)
     origin, wanted = images, classes
     low, high = ((images - eps).clamp_min_(0), (images + eps).clamp_max_(1)) if settings.norm == "linf" else (None, None)
-    with full_precision(images):  # the signs of tiny gradients count
+    with full_precision(images.device):  # the signs of tiny gradients count
         for step in range(settings.steps):
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()

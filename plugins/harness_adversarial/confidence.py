@@ -203,7 +203,7 @@ def look(ctx: Context, images: Tensor) -> Seen:
             return ctx.model(images[rows]), ctx.model.embedding(images[rows])
 
     parts = list(ctx.batched(len(images), some))
-    logits, features = (torch.cat([p[k] for p in parts]).double().cpu().numpy() for k in (0, 1))
+    logits, features = (torch.cat([p[k] for p in parts]).cpu().double().numpy() for k in (0, 1))
     return Seen(logits, features)
 
 

@@ -184,7 +184,7 @@ def spectrum(ctx: Context, steps: Tensor) -> Curve:
     random = random / random.norm(dim=1, keepdim=True)
     # The singular values of (N, D) from its Gram matrix (N, N): D may be large.
     lines = {
-        name: torch.linalg.eigvalsh((m @ m.T).double()).flip(0).clamp_min(0).sqrt()
+        name: torch.linalg.eigvalsh((m @ m.T).cpu().double()).flip(0).clamp_min(0).sqrt()
         for name, m in (("boundary normals", unit), ("random directions", random))
     }
     caption = "Singular values of the pictures' boundary normals: a fast fall means that boundaries share directions."

@@ -39,7 +39,7 @@ def deepfool(
     """
     import torch
 
-    from harness_saliency.measures import full_precision
+    from harness.device import full_precision
 
     with torch.no_grad():
         order = model(images).argsort(1, descending=True)[:, : max(2, candidates)]
@@ -48,7 +48,7 @@ def deepfool(
     done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     left = torch.arange(len(images), device=images.device)
     x, total = images, torch.zeros_like(images)
-    with full_precision(images):
+    with full_precision(images.device):
         for step in range(steps):
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()

@@ -31,6 +31,7 @@ class MinimalPerturbation(Technique):
 
     name = "minimal_perturbation"
     family = "adversarial"
+    version = 2
     paper = Paper("Szegedy, Zaremba, Sutskever, Bruna, Erhan, Goodfellow, Fergus", 2013, "Intriguing properties of neural networks",
                   arxiv="1312.6199")  # fmt: skip
     needs = frozenset({"images", "classifier"})
@@ -62,10 +63,10 @@ class MinimalPerturbation(Technique):
         metrics, rows, columns = [], [], []
         for method, found in made.items():
             delta = found.images - images
-            rms = delta.double().square().flatten(1).mean(1).sqrt()
+            rms = delta.cpu().double().square().flatten(1).mean(1).sqrt()
             l2, linf = lengths(delta, "l2"), lengths(delta, "linf")
             hits = found.fooled.cpu().numpy()
-            each = rms[found.fooled].tolist()
+            each = rms[found.fooled.cpu()].tolist()
             columns.append((method, found, rms, l2, linf))
             if each:
                 middle = float(l2[found.fooled].median())

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from harness import Arrays, Curve, EveryMap, Metric, NotApplicable, Paper, Param, Result, Table, TargetSpec, Technique
+from harness.device import full_precision
 
 from .integrated_gradients import Baseline, baseline
-from .measures import SCORED, Scored, answer, full_precision, unit_of
+from .measures import SCORED, Scored, answer, unit_of
 from .saliency import TARGET
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Game:
 
     def pool(self, maps: Tensor) -> Tensor:
         """(N, cells^2) mean of each cell of maps (N, H, W)."""
-        with full_precision(maps):
+        with full_precision(maps.device):
             total = self._rows.T @ maps.to(self._rows.dtype) @ self._columns
         return total.flatten(1) / self.pixels
 

@@ -95,7 +95,7 @@ class Lime(Technique):
         """(H, W) superpixel numbers from 0 on (Achanta et al. 2012, doi:10.1109/TPAMI.2012.120)."""
         from skimage.segmentation import slic
 
-        pixels = image.detach().double().cpu().numpy().transpose(1, 2, 0)
+        pixels = image.detach().cpu().double().numpy().transpose(1, 2, 0)
         wanted = self.wanted(*pixels.shape[:2])
         if wanted == 1:
             return np.zeros(pixels.shape[:2], dtype=np.int64)

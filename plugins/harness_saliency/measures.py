@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from harness import Metric
 
@@ -68,13 +68,6 @@ def answer(target: Target, output: Tensor, rows: Rows, scored: Scored) -> Tensor
     """(n,) the probability or the score of the target."""
     chance = target.probability(output, rows) if scored == "probability" else None
     return target.score(output, rows) if chance is None else chance
-
-
-def full_precision(x: Tensor) -> Any:
-    """Within it products are as precise as their factors, also in a run of lower precision: sums of many small numbers need that."""
-    import torch
-
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def unit_of(scored: Scored, ctx: Context) -> str:

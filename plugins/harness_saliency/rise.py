@@ -3,9 +3,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from harness import Heatmaps, Paper, Param, Result, TargetSpec, Technique
+from harness.device import full_precision
 
 from .integrated_gradients import Baseline, baseline
-from .measures import SCORED, Scored, answer, captions, concentration, full_precision, unit_of, zero_notes
+from .measures import SCORED, Scored, answer, captions, concentration, unit_of, zero_notes
 from .saliency import TARGET
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Rise(Technique):
 
         def work(rows: slice) -> tuple[slice, Tensor, Tensor]:
             picture = torch.arange(rows.start, rows.stop, device=x.device) // self.masks
-            with full_precision(x):
+            with full_precision(x.device):
                 masks = enlarge(grids[rows], shifts[rows], ways, x.shape[2:])  # (n, H, W)
             copies = torch.lerp(hidden[picture], x[picture], masks.unsqueeze(1))
             with torch.no_grad():
@@ -83,7 +84,7 @@ class Rise(Technique):
                 if rows.start <= i * self.masks:
                     first[i] = value[mine][0] if self.centred else 0
                 above = value[mine] - first[i]
-                with full_precision(x):
+                with full_precision(x.device):
                     total[i] += torch.tensordot(above, masks[mine], 1)
                 area[i] += masks[mine].sum(0)
                 sums[i] += above.sum()

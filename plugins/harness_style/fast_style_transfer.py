@@ -13,9 +13,10 @@ from .style_transfer import padded
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from harness import Context
+    from harness.datasets import Dataset
     from harness.registry import StylerRecipe
     from harness.train_styler import Task
 
@@ -27,14 +28,15 @@ class FastStyleTransfer(Technique):
     same losses, and the time that each takes.
 
     Networks are stylers of the registry; `harness train` makes them of any picture. With `compare=norm` two small networks are trained
-    here, one with instance norm (Ulyanov et al. 2016, arXiv:1607.08022) and one with batch norm; with `compare=loss` one by the features'
-    losses and one by the mean squared distance of pixels to what the slow descent makes. Pictures are worked on whole: instance norm needs
-    all of a picture at once. Cost: one pass a picture, and `steps` forward and backward passes of the model for the slow one.
+    here, one with instance norm (Ulyanov et al. 2016, arXiv:1607.08022) and one with batch norm; with `compare=loss`, on a few
+    crops, one by the features' losses and one by the mean squared distance of pixels to what the slow descent makes of them. Pictures are
+    worked on whole: instance norm needs all of a picture at once. Cost: one pass a picture, and `steps` forward and backward passes of the
+    model for the slow one.
     """
 
     name = "fast_style_transfer"
     family = "style"
-    version = 2
+    version = 3
     paper = Paper(
         "Johnson, Alahi, Fei-Fei", 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", arxiv="1603.08155"
     )
@@ -58,6 +60,8 @@ class FastStyleTransfer(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
+        from harness.device import synchronise
+
         if ctx.model.input.channels != 3:
             raise NotApplicable("needs a model of colour pictures; stylers are trained on those")
         styler = ctx.styler(self.styler)
@@ -78,8 +82,10 @@ class FastStyleTransfer(Technique):
         notes = [] if task else [f"nothing is made slowly, as the losses of styler {self.styler!r} are not known here: {reason}"]
         for number, (name, content) in enumerate(contents(ctx, self.size), 1):
             styler(content, mix)  # what is first is slow
+            synchronise(ctx.device)
             begun = time.perf_counter()
             fast = styler(content, mix)
+            synchronise(ctx.device)
             seconds = time.perf_counter() - begun
             sheet, captions = [content, fast], [name, "one pass"]
             if task is not None and recipe is not None:
@@ -90,6 +96,7 @@ class FastStyleTransfer(Technique):
                 if self.steps:
                     begun = time.perf_counter()
                     slow = descend(ctx, task, content, self.steps, name).clamp(0, 1)
+                    synchronise(ctx.device)
                     took = time.perf_counter() - begun
                     final = float(task.total(task.losses(slow, content, torch.zeros(1, dtype=torch.int64, device=ctx.device))))
                     rows.append([name, f"{self.steps} steps", final])
@@ -124,36 +131,44 @@ class FastStyleTransfer(Technique):
         """Two networks trained alike but for their norm, or their loss."""
         import torch
 
+        from harness.context import stable_seed
+        from harness.device import placed, seeded
         from harness.stylers import TransformNet
         from harness.train_styler import crops, fit
 
         small = recipe.model_copy(
-            update={"width": 8, "blocks": 3, "steps": self.train_steps, "crop": 96, "batch_size": 4, "styles": recipe.styles[:1]}
+            update={"width": 8, "blocks": 3, "crop": 96, "batch_size": 4}
+            | {"steps": self.train_steps, "styles": recipe.styles[:1], "seed": ctx.seed}
         )
         small._where, small._folder = recipe.where, recipe.folder
         lines: dict[str, Any] = {}
-        data = ctx.dataset
-        held = next(crops(data, 4, small.crop, 3, ctx.device, small.seed + 1))
+        every = range(len(ctx.dataset))
+        apart = len(every) >= 5
+        train, judge = ctx.dataset, ctx.dataset
+        if apart:
+            train, judge = (ctx.dataset.select(indices=[i for i in every if (i % 5 == 4) == last]) for last in (False, True))
+        held = next(crops(judge, 4, small.crop, 3, ctx.device, small.seed + 1))
         zero = torch.zeros(len(held), dtype=torch.int64, device=ctx.device)
         pictures, metrics = [held], []
+        few = Few(ctx, task, small, train) if self.compare == "loss" else None
         with torch.enable_grad():
             for label in ("instance", "batch") if self.compare == "norm" else ("features", "pixels"):
                 norm: Any = label if self.compare == "norm" else "instance"
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(small.seed)
-                    module = TransformNet(3, small.width, small.blocks, 1, norm).to(ctx.device)
-                if label == "pixels":
-                    losses = by_pixels(ctx, module, task, small, data)
-                    lines[label] = losses
+                with seeded(stable_seed("compare", small.seed)):
+                    module = TransformNet(3, small.width, small.blocks, 1, norm)
+                module = placed(module, ctx.device)
+                if few is not None:
+                    lines[label] = few.fit(module, label == "pixels")
                 else:
-                    history = fit(module, task, small, data)
+                    history = fit(module, task, small, train)
                     lines[label] = sum(w * np.asarray(v) for w, v in zip(task.weights, history.values(), strict=True))
                 with torch.no_grad():
                     made = module.eval()(held)
                     final = float(task.total(task.losses(made, held, zero)))
                 pictures.append(made)
                 what = "norm" if self.compare == "norm" else "loss"
-                about = f"weighted loss on pictures apart after {self.train_steps} steps, {label} {what}"
+                where = "pictures apart" if apart else "other crops of the pictures"
+                about = f"weighted loss on {where} after {self.train_steps} steps, {label} {what}"
                 metrics.append(Metric(f"loss_{label}", final, better="lower", about=about))
         sheet = torch.stack([p[:2] for p in pictures], 1).flatten(0, 1)
         names = ["content", *lines] * 2
@@ -199,27 +214,39 @@ def descend(ctx: Context, task: Task, content: Tensor, steps: int, name: str) ->
     return made.images
 
 
-def by_pixels(ctx: Context, module: Any, task: Task, recipe: StylerRecipe, data: Any) -> np.ndarray:
-    """Train on the mean squared distance to pictures that the slow descent has made of a few crops: (steps,) losses."""
-    import torch
+class Few:
+    """A few crops of pictures and what the slow descent makes of them: networks trained on these differ in their loss alone."""
 
-    from harness.train_styler import crops
+    BATCHES = 4
 
-    contents_ = torch.cat(
-        [batch for batch, _ in zip(crops(data, recipe.batch_size, recipe.crop, 3, ctx.device, recipe.seed), range(2), strict=False)]
-    )
-    with torch.no_grad():
-        wanted = torch.cat([descend(ctx, task, c[None], 60, f"crop {i}").clamp(0, 1) for i, c in enumerate(contents_)])
-    optimiser = torch.optim.Adam(module.parameters(), recipe.learning_rate)
-    random = np.random.default_rng(recipe.seed)
-    losses = []
-    module.train()
-    for step in range(recipe.steps):
-        rows = torch.from_numpy(random.integers(0, len(wanted), recipe.batch_size)).to(ctx.device)
-        loss = (module(contents_[rows]) - wanted[rows]).square().mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss.detach()))
-        ctx.report("steps", step + 1, recipe.steps)
-    return np.asarray(losses)
+    def __init__(self, ctx: Context, task: Task, recipe: StylerRecipe, data: Dataset) -> None:
+        import torch
+
+        from harness.train_styler import crops
+
+        self.ctx, self.task, self.recipe = ctx, task, recipe
+        batches = crops(data, recipe.batch_size, recipe.crop, 3, ctx.device, recipe.seed)
+        self.contents = torch.cat([next(batches) for _ in range(self.BATCHES)])
+        with torch.no_grad():
+            self.wanted = torch.cat([descend(ctx, task, c[None], 60, f"crop {i}").clamp(0, 1) for i, c in enumerate(self.contents)])
+
+    def fit(self, module: nn.Module, pixels: bool) -> np.ndarray:
+        """Train by the mean squared distance of pixels to what the slow descent made, or by the features' losses: (steps,) of that loss."""
+        import torch
+
+        optimiser = torch.optim.Adam(module.parameters(), self.recipe.learning_rate)
+        random = np.random.default_rng(self.recipe.seed)
+        losses = []
+        module.train()
+        zero = torch.zeros(self.recipe.batch_size, dtype=torch.int64, device=self.ctx.device)
+        for step in range(self.recipe.steps):
+            rows = torch.from_numpy(random.integers(0, len(self.wanted), self.recipe.batch_size)).to(self.ctx.device)
+            content = self.contents[rows]
+            made = module(content)
+            loss = (made - self.wanted[rows]).square().mean() if pixels else self.task.total(self.task.losses(made, content, zero))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.detach())
+            self.ctx.report("steps", step + 1, self.recipe.steps)
+        return torch.stack(losses).cpu().numpy()

@@ -26,9 +26,11 @@ def targets_of(model: LoadedModel, images: Tensor, layers: Sequence[str], poolin
 def features_of(model: LoadedModel, images: Tensor, layer: str, pooling: str = "max") -> Tensor:
     import torch
 
+    from harness.device import at_least_single
+
     with torch.no_grad(), pooled(pooling):
         found: Tensor = model.activations(images, [layer])[layer]
-        return found
+        return at_least_single(found)
 
 
 def pooled(how: str) -> AbstractContextManager[object]:
@@ -51,7 +53,7 @@ def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: fl
         every = blocks(ctx.model)
         if not every:
             raise NotApplicable(f"needs layers with maps; {ctx.model.name!r} has none before its class scores")
-        last = max(1, round(deepest * (len(every) - 1)))
+        last = min(len(every) - 1, max(1, round(deepest * (len(every) - 1))))
         count = min(count, last + 1)
         found = [every[round(i * last / max(1, count - 1))] for i in range(count)]
     for name in found:

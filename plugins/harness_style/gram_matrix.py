@@ -42,6 +42,7 @@ class GramMatrix(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
+        from harness.device import at_least_single
         from harness.optimise import gram
 
         layers = style_layers(ctx, self.layers, 3)
@@ -49,7 +50,7 @@ class GramMatrix(Technique):
         with torch.no_grad():
             for part in ctx.batched(len(ctx.images), lambda rows: ctx.model.activations(ctx.images[rows], layers)):
                 for layer, value in part.items():
-                    features.setdefault(layer, []).append(value)
+                    features.setdefault(layer, []).append(at_least_single(value))
         artifacts: list[Any] = []
         rows: list[list[Any]] = []
         residuals, shares, times = [], [], []
@@ -76,7 +77,7 @@ class GramMatrix(Technique):
 
             seconds = timed({"gram": product, "covariance": spread}, ctx)
             times.append(f"{layer} {seconds['covariance'] / seconds['gram']:.2f}")
-            rank = torch.linalg.matrix_rank(over_hw[0].double()).item()
+            rank = torch.linalg.matrix_rank(over_hw[0].cpu().double()).item()
             rows.append([layer, c, height * width, int(rank), float(share.mean()), float(residual.max())])
             artifacts.append(self._drawn(ctx, layer, found))
         columns = ["layer", "channels", "positions", "rank, first picture", "share of the means", "|G/HW - Cov - mean mean'|"]
@@ -100,7 +101,7 @@ class GramMatrix(Technique):
 
         if len(found) == 1 and found.shape[1] <= SHOWN:
             names = [str(i) for i in range(found.shape[1])]
-            return Matrix(f"gram-{layer}", found[0].double(), names, names, unit=f"sum over positions, divisor {self.divisor}")
+            return Matrix(f"gram-{layer}", found[0].cpu().double(), names, names, unit=f"sum over positions, divisor {self.divisor}")
         root = found.abs().sqrt()
         pictures = root / root.amax((1, 2), keepdim=True).clamp_min(1e-20)
         factor = max(1, -(-128 // found.shape[1]))
@@ -118,16 +119,14 @@ def covariances(value: Any) -> Any:
 
 def timed(work: dict[str, Any], ctx: Context, rounds: int = 5) -> dict[str, float]:
     """Median seconds of each, in turn."""
-    import torch
+    from harness.device import synchronise
 
     found: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds + 1):
         for name, call in work.items():
-            if ctx.device.type == "cuda":
-                torch.cuda.synchronize(ctx.device)
+            synchronise(ctx.device)
             begun = time.perf_counter()
             call()
-            if ctx.device.type == "cuda":
-                torch.cuda.synchronize(ctx.device)
+            synchronise(ctx.device)
             found[name].append(time.perf_counter() - begun)
     return {name: float(np.median(seconds[1:])) for name, seconds in found.items()}

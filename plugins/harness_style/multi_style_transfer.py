@@ -26,7 +26,7 @@ class MultiStyleTransfer(Technique):
 
     name = "multi_style_transfer"
     family = "style"
-    version = 2
+    version = 3
     paper = Paper("Dumoulin, Shlens, Kudlur", 2017, "A Learned Representation For Artistic Style", arxiv="1610.07629")
     needs = frozenset({"dataset", "conv"})
     reading = "First the picture in each style; then the way from one style to the next, of which only gamma and beta change."

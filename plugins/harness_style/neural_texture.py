@@ -28,7 +28,7 @@ class NeuralTexture(Technique):
 
     name = "neural_texture"
     family = "style"
-    version = 2
+    version = 3
     paper = Paper("Gatys, Ecker, Bethge", 2015, "Texture Synthesis Using Convolutional Neural Networks", arxiv="1505.07376")
     needs = frozenset({"dataset", "conv"})
     reading = (
@@ -74,7 +74,7 @@ class NeuralTexture(Technique):
                 label = f"{name}, to {some[-1]}" if len(ctx.ids) > 1 else f"to {some[-1]}"
                 matched = float(np.mean([errors[layer] for layer in some]))
                 rows.append([name, some[-1], matched, float(np.mean(list(errors.values()))), correlation_length(part.images[0])])
-                lines[label] = (-part.scores[:, 0]).double().cpu().numpy()
+                lines[label] = (-part.scores[:, 0]).cpu().double().numpy()
                 notes += [f"{label}: the error stopped being finite; the last good picture is shown"] * bool(part.stopped)
             finals.append(rows[-1][2])
             sheet = torch.cat([sample, *(part.images for part in made)])
@@ -151,7 +151,7 @@ def relative_errors(ctx: Context, images: Tensor, targets: dict[str, Tensor], po
 def correlation_length(image: Tensor) -> float:
     """How far apart pixels are alike: the first distance in pixels at which the autocorrelation of the lightness, mean of rows and
     columns, falls below 1/e; between two pixels it is taken as straight."""
-    grey = image.double().mean(0)
+    grey = image.cpu().double().mean(0)
     grey = grey - grey.mean()
     power = float(grey.square().mean())
     if power < 1e-12:

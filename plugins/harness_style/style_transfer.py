@@ -50,7 +50,7 @@ class StyleTransfer(Technique):
 
     name = "style_transfer"
     family = "style"
-    version = 2
+    version = 3
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     reading = (
@@ -91,8 +91,8 @@ class StyleTransfer(Technique):
             raise ValueError("blend: weights are not below zero, and one is above")
         if min(self.style_weight) < 0 or min(self.style_scale) <= 0:
             raise ValueError("style_weight must not be below zero, style_scale must be above zero")
-        if self.layer_weights and len(self.layer_weights) != len(self.style_layers):
-            raise ValueError(f"layer_weights has {len(self.layer_weights)} numbers for {len(self.style_layers)} style layers")
+        if self.layer_weights and (min(self.layer_weights) < 0 or sum(self.layer_weights) <= 0):
+            raise ValueError("layer_weights: weights are not below zero, and one is above")
         return self
 
     def further(self) -> Further:
@@ -105,8 +105,13 @@ class StyleTransfer(Technique):
 
         settings = self.model_copy(update=VGG19) if self.preset else self
         layers = style_layers(ctx, settings.style_layers)
+        if self.layer_weights and len(self.layer_weights) != len(layers):
+            raise ConfigError(
+                f"style_transfer.layer_weights: {len(self.layer_weights)} numbers for {len(layers)} style layers: {', '.join(layers)}"
+            )
         every = blocks(ctx.model)
         content = ctx.model.full_name(settings.content_layer) if settings.content_layer else every[round(0.4 * (len(every) - 1))]
+        ctx.model.maps_shape(content)
         styles = [(name, ctx.named_picture(name)) for name in self.style]
         plans = [
             Plan(
@@ -223,7 +228,7 @@ class Transfer:
             if part.stopped:
                 notes.append("the errors stopped being finite; the last good picture is shown: use smaller weights or another optimiser")
             image = unframed(part.images).clamp(0, 1)
-            traces.append(-part.scores[:, 0].double().cpu().numpy())
+            traces.append(-part.scores[:, 0].cpu().double().numpy())
             stages += [(done + n, unframed(shot)) for n, shot in part.snapshots]
             done += s.steps
         assert image is not None
@@ -284,6 +289,7 @@ class Transfer:
             objective = objective - (s.tv_weight / target[0].numel() * 100) * o.total_variation()
         if s.dream:
             layer = ctx.model.full_name(s.dream_layer) if s.dream_layer else self.content
+            ctx.model.maps_shape(layer)
             size = features_of(ctx.model, target, layer, s.pooling).square().sum()
             objective = objective + (2 * s.dream / float(size)) * o.layer_norm(layer)
         return objective

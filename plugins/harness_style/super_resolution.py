@@ -111,13 +111,14 @@ class SuperResolution(Technique):
         import torch
 
         from harness.context import stable_seed
+        from harness.device import seeded
         from harness.optimise import content_error
         from harness.stylers import SuperResolutionNet
         from harness.train_styler import crops
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_seed("super_resolution", ctx.seed))
-            net = SuperResolutionNet(ctx.model.input.channels, self.width, self.blocks).to(ctx.device)
+        with seeded(stable_seed("super_resolution", ctx.seed)):
+            net = SuperResolutionNet(ctx.model.input.channels, self.width, self.blocks)
+        net.to(ctx.device)
         optimiser = torch.optim.Adam(net.parameters(), self.learning_rate)
         side = self.crop - self.crop % FACTOR
         losses: list[Tensor] = []

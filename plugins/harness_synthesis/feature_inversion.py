@@ -35,6 +35,7 @@ class FeatureInversion(Technique):
 
     name = "feature_inversion"
     family = "synthesis"
+    version = 2
     paper = Paper("Mahendran, Vedaldi", 2015, "Understanding Deep Image Representations by Inverting Them", arxiv="1412.0035")
     needs = frozenset({"images"})
     reading = (
@@ -222,7 +223,7 @@ def per_picture(errors: dict[str, Tensor]) -> list[float]:
 
 def signal_to_noise(images: Tensor, originals: Tensor) -> np.ndarray:
     """(N,) 10 log10(1 / mean squared error) in dB, at most 100."""
-    error = (images - originals).double().square().flatten(1).mean(1).cpu().numpy()
+    error = (images - originals).cpu().double().square().flatten(1).mean(1).numpy()
     return -10 * np.log10(np.maximum(error, 1e-10))
 
 

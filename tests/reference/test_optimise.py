@@ -96,6 +96,104 @@ def test_lbfgs_solves_a_badly_scaled_quadratic_as_fast_as_scipy():
     assert float((plain.images - top).abs().max()) > 1e-2  # what a gradient alone gets
 
 
+def two_loops(gradient, pairs, condition):
+    """Nocedal & Wright 2006, algorithm 7.4, for a score that is to rise; pairs from the oldest to the newest."""
+    q, weights = gradient.clone(), []
+    for s, y in reversed(pairs):
+        weights.append((s @ q) / (s @ y))
+        q = q - weights[-1] * y
+    first = condition(q)
+    s, y = pairs[-1]
+    r = first * (s @ y) / (y @ y) * (q @ q) / (q @ first)
+    for (s, y), weight in zip(pairs, reversed(weights), strict=True):
+        r = r + s * (weight - (y @ r) / (s @ y))
+    return r
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_lbfgs_is_the_two_loop_recursion_over_the_steps_that_rose(power):
+    """Two pictures whose steps are kept and taken back at different times; more steps than are remembered."""
+    rule, memory, random = o.LBFGS(history=4), {}, torch.Generator().manual_seed(0)
+    scale = torch.logspace(0, power, 16, dtype=torch.float64)
+    stretch = torch.logspace(0, 2, 16, dtype=torch.float64)
+
+    def condition(gradient):
+        return gradient * scale.view(1, 1, 4, 4)
+
+    known = [[], []]
+    for step in range(14):
+        gradient = torch.randn((2, 1, 4, 4), generator=random, dtype=torch.float64)
+        found = rule(memory, gradient, condition, 0.1, step, False)
+        for i, pairs in enumerate(known):
+            if pairs:
+                wanted = two_loops(gradient[i].flatten(), pairs[-memory_left(pairs, i, step) :], lambda q: q * scale)
+                torch.testing.assert_close(found[i].flatten() / memory["size"][i], wanted, rtol=1e-9, atol=1e-12)
+        moved = torch.randn((2, 1, 4, 4), generator=random, dtype=torch.float64)
+        rose = torch.tensor([step % 5 != 3, step % 4 != 2])
+        mine = torch.where(rose.view(-1, 1, 1, 1), moved, torch.zeros_like(moved))
+        rule.judged(memory, rose, mine, -mine * stretch.view(1, 1, 4, 4), step + 1)
+        for i, pairs in enumerate(known):
+            if rose[i]:
+                pairs.append((mine[i].flatten(), (mine[i].flatten() * stretch)))
+
+
+def memory_left(pairs, picture, step):
+    """A step that was taken back lies where the oldest pair lay, if there were as many as are remembered."""
+    lost = (step - 1) % 5 == 3 if picture == 0 else (step - 1) % 4 == 2
+    return 3 if lost and len(pairs) >= 4 else 4
+
+
+def test_lbfgs_climbs_in_conditioned_coordinates():
+    model, start = quadratic(1e3), noise(1, 1, 4, 4)
+    top = model.module.top.view(1, 1, 4, 4)
+    kept = {"steps": 120, "step_size": 0.05, "draws": draws(), "rule": "lbfgs"}
+    for conditioners in ([], [o.LowFrequencies(1.0)], [o.LowFrequencies(2.0)]):
+        made = o.ascend(model, score(), start, conditioners=conditioners, **kept)
+        assert float((made.images - top).abs().max()) < 5e-4, conditioners
+
+
+def test_the_last_step_is_judged_by_the_network_of_the_others():
+    """Scores are far lower outside of `during`: judged there the last step would seem to fall."""
+    from contextlib import contextmanager
+
+    model, start = quadratic(10), noise(1, 1, 4, 4)
+    less = [1000.0]
+    objective = o.Objective(score().layers, lambda outputs, x: score().score(outputs, x) - less[0])
+
+    @contextmanager
+    def within(step):
+        less[0] = 0.0
+        yield
+        less[0] = 1000.0
+
+    made = o.ascend(model, objective, start, steps=3, step_size=0.05, draws=draws(), rule="line_search", during=within)
+    assert float(model(made.images)[0, 0]) > float(made.scores[-1, 0])
+
+
+def test_sums_and_spectra_are_precise_in_runs_of_lower_precision(squeezenet):
+    from harness.device import device_settings
+
+    bright = torch.full((1, 4, 64, 64), 100.0)
+    for kind in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(o.gram(bright.to(kind)), torch.full((1, 4, 4), 1e4))
+        error = o.feature_error("a", bright.to(kind)).score({"a": 1.5 * bright}, bright)
+        torch.testing.assert_close(error, torch.tensor([0.25]))
+    spectrum = o.Fourier(64, 64)
+    kept = {"steps": 3, "step_size": 0.05, "transforms": [o.Rotate(5)], "parametrisation": spectrum}
+    objective = o.layer_norm("features.6")
+    pictures, sums = {}, {}
+    for precision in ("float32", "bfloat16"):
+        with device_settings("cpu", precision):
+            start = spectrum.start(draws(dtype=torch.float32))
+            made = o.ascend(squeezenet, objective, start, draws=draws(dtype=torch.float32), **kept)
+        assert made.images.dtype == torch.float32
+        pictures[precision], sums[precision] = made.images, made.scores
+    assert (pictures["float32"] - spectrum.images(start)).abs().max() > 0.02
+    assert not torch.equal(sums["float32"], sums["bfloat16"])  # the layers' own work is less precise
+    torch.testing.assert_close(sums["bfloat16"], sums["float32"], rtol=0.05, atol=0)
+    assert len(torch.unique(pictures["bfloat16"])) > 5000  # of 12,288 values; bfloat16 has 128 from a half to one
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_pictures_do_not_influence_one_another(rule):
     model, start = quadratic(), noise(3, 1, 4, 4)

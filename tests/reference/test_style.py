@@ -17,6 +17,7 @@ from harness import optimise as o
 from harness import train_styler as trainer
 from harness.context import Context, Draws
 from harness.datasets import at_size
+from harness.errors import WeightsError
 from harness.models import LoadedModel, load_model
 from harness.registry import InputSpec, StylerRecipe
 from harness.stylers import ConditionalInstanceNorm, SuperResolutionNet, TransformNet, load_styler
@@ -295,7 +296,12 @@ def test_bad_styles_and_pictures_are_told(small, squeezenet, photos, tmp_path):
     lost = run_once(quick(content_weight=1e38, style_weight=(1e38,), optimiser="adam", step_size=1e9, steps=25), small, cat)
     assert np.isfinite(made(lost)).all()
     assert any("stopped being finite" in note for note in lost.notes)
-    for wrong in ({"blend": [1, 2]}, {"style_weight": [-1]}, {"layer_weights": [1.0]}, {"blend": [0.0]}):
+    with pytest.raises(ConfigError, match="layer_weights: 2 numbers for 5 style layers: features"):
+        run_once(quick(layer_weights=(1.0, 2.0)), squeezenet, cat)
+    linear = [n for n, m in small.module.named_modules() if isinstance(m, nn.Linear)][-1]
+    with pytest.raises(NotApplicable, match="needs a layer with maps"):
+        run_once(quick(content_layer=linear), small, cat)
+    for wrong in ({"blend": [1, 2]}, {"style_weight": [-1]}, {"layer_weights": [0.0]}, {"blend": [0.0]}):
         with pytest.raises(ConfigError):
             StyleTransfer.build(wrong)
 
@@ -415,6 +421,73 @@ def test_conditional_instance_norm_is_instance_norm_by_rows():
     normed = plain(x, one).flatten(2)
     assert normed.mean(2).abs().max() < 1e-5
     assert (normed.var(2, unbiased=False) - 1).abs().max() < 1e-3
+
+
+class Example(nn.Module):
+    """The network of pytorch/examples' fast_neural_style as its checkpoints name its parts, in 0..255."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"conv1": (3, 32, 9, 1), "conv2": (32, 64, 3, 2), "conv3": (64, 128, 3, 2)}
+        sizes |= {"deconv1": (128, 64, 3, 1), "deconv2": (64, 32, 3, 1), "deconv3": (32, 3, 9, 1)}
+        for name, (into, out, kernel, stride) in sizes.items():
+            self.add_module(name, self.padded(into, out, kernel, stride))
+        for i, width in enumerate((32, 64, 128, 64, 32), 1):
+            self.add_module(f"in{i}", nn.InstanceNorm2d(width, affine=True))
+        for i in range(1, 6):
+            parts = {f"conv{n}": self.padded(128, 128, 3, 1) for n in (1, 2)} | {
+                f"in{n}": nn.InstanceNorm2d(128, affine=True) for n in (1, 2)
+            }
+            self.add_module(f"res{i}", nn.ModuleDict(parts))
+
+    @staticmethod
+    def padded(into, out, kernel, stride):
+        pad = nn.ReflectionPad2d(kernel // 2)
+        return nn.ModuleDict({"reflection_pad": pad, "conv2d": nn.Conv2d(into, out, kernel, stride)})
+
+    def forward(self, x):
+        def conv(layer, x):
+            return layer["conv2d"](layer["reflection_pad"](x))
+
+        for i in (1, 2, 3):
+            x = getattr(self, f"in{i}")(conv(getattr(self, f"conv{i}"), x)).relu()
+        for i in range(1, 6):
+            block = getattr(self, f"res{i}")
+            x = x + block["in2"](conv(block["conv2"], block["in1"](conv(block["conv1"], x)).relu()))
+        for i in (1, 2):
+            x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+            x = getattr(self, f"in{i + 3}")(conv(getattr(self, f"deconv{i}"), x)).relu()
+        return conv(self.deconv3, x)
+
+
+def test_checkpoints_of_pytorch_examples_make_the_same_pictures(tmp_path):
+    from harness.registry import load_registry
+
+    torch.manual_seed(0)
+    peer = Example()
+    with torch.no_grad():
+        for name, value in peer.named_parameters():
+            if "in" in name.split(".")[-2]:
+                value.add_(0.3 * torch.randn_like(value))
+        peer.deconv3["conv2d"].weight.mul_(400)  # over the whole range of bytes, and beyond
+        peer.deconv3["conv2d"].bias.add_(127)
+    state = dict(peer.state_dict())
+    state |= {"in1.running_mean": torch.zeros(32), "in1.running_var": torch.ones(32)}  # as old versions of torch saved them
+    torch.save(state, tmp_path / "candy.pth")
+    (tmp_path / "mine.yaml").write_text(
+        "stylers:\n  candy:\n    builder: harness.stylers:TransformNet\n    args: {squash: false}\n    weights: file:candy.pth\n"
+        "    convert: harness.stylers:from_pytorch_examples\n    styles: [candy]\n"
+    )
+    styler = load_styler("candy", load_registry([tmp_path / "mine.yaml"]))
+    x = torch.rand((2, 3, 32, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = peer(255 * x).clamp(0, 255) / 255
+    assert 0.02 < (wanted == 0).float().mean() + (wanted == 1).float().mean() < 0.9
+    torch.testing.assert_close(styler(x), wanted, rtol=0, atol=5e-5)
+    state.pop("res3.conv1.conv2d.weight")
+    torch.save(state, tmp_path / "candy.pth")
+    with pytest.raises(WeightsError, match="cannot convert"):
+        load_styler("candy", load_registry([tmp_path / "mine.yaml"]))
 
 
 def recipe(**more):
