@@ -34,6 +34,11 @@ class Normalise(nn.Module):
         return x * self.get_buffer("scale") + self.get_buffer("shift")
 
 
+def own_layout(model: LoadedModel) -> nn.Sequential:
+    """The network in torch's own layout behind its normalisation, as one has it who loads it by hand; from pictures in [0, 1]."""
+    return nn.Sequential(Normalise(model), copy.deepcopy(model.module).to(memory_format=torch.contiguous_format)).eval()
+
+
 def chain(model: LoadedModel, layers: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """The network down to the last of the layers as modules one after the other, by their dotted names."""
     inner = copy.deepcopy(model.module).to(memory_format=torch.contiguous_format)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -42,6 +43,9 @@ def drawn(draw: Callable[..., Tensor], size: Any, generator: torch.Generator | N
     return draw(size, generator=generator, device="cpu").to(device)
 
 
+MANY = 2**17  # random numbers that are worth several threads
+
+
 class Draws:
     """Random numbers for named items: an item gets the same numbers in any batch, order or worker.
 
@@ -52,21 +56,27 @@ class Draws:
         self.ids, self.device, self.dtype = list(ids), device, dtype
         self._generators = [torch.Generator("cpu").manual_seed(stable_seed(*seed, i)) for i in self.ids]
 
-    def _stack(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        found = torch.stack([draw(g) for g in self._generators])
-        if self.device.type == "cuda":
-            found = found.pin_memory()  # else the copy would be waited for
+    def _filled(self, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
+        pin = self.device.type == "cuda"  # else the copy would be waited for
+        found = torch.empty((len(self.ids), *shape), dtype=dtype, device="cpu", pin_memory=pin)
+        items, threads = found.unbind(0), min(len(self.ids), torch.get_num_threads())
+        if threads > 1 and found.numel() >= MANY:
+            with ThreadPoolExecutor(threads) as pool:  # torch draws in one thread, and lets others run meanwhile
+                list(pool.map(fill, items, self._generators))
+        else:
+            for item, generator in zip(items, self._generators, strict=True):
+                fill(item, generator)
         return found.to(self.device, non_blocking=True)
 
     def randn(self, shape: Sequence[int]) -> Tensor:
-        return self._stack(lambda g: torch.randn(tuple(shape), generator=g, device="cpu", dtype=self.dtype))
+        return self._filled(shape, self.dtype, lambda x, g: x.normal_(generator=g))
 
     def rand(self, shape: Sequence[int]) -> Tensor:
-        return self._stack(lambda g: torch.rand(tuple(shape), generator=g, device="cpu", dtype=self.dtype))
+        return self._filled(shape, self.dtype, lambda x, g: x.uniform_(generator=g))
 
     def randint(self, low: int, high: int, shape: Sequence[int]) -> Tensor:
         """Whole numbers low <= n < high, as int64."""
-        return self._stack(lambda g: torch.randint(low, high, tuple(shape), generator=g, device="cpu"))
+        return self._filled(shape, torch.int64, lambda x, g: x.random_(low, high, generator=g))
 
     def integers(self, low: int, high: int, count: int) -> list[list[int]]:
         """Per item `count` whole numbers low <= n < high as Python ints: no device is waited for."""

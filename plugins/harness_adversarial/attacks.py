@@ -170,10 +170,12 @@ def _stepped(
 
 
 def success(model: LoadedModel, images: Tensor, classes: Tensor, targeted: bool) -> Tensor:
-    """(N,) bool: does the model name the class (targeted), or another than it?"""
+    """(N,) bool: does the model name the class (targeted), or another than it? In the precision in which attacks step."""
     import torch
 
-    with torch.no_grad():
+    from harness.device import full_precision
+
+    with torch.no_grad(), full_precision(images.device):
         return (model(images).argmax(1) == classes) == targeted
 
 

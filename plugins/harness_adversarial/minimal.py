@@ -41,7 +41,7 @@ def deepfool(
 
     from harness.device import full_precision
 
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(images.device):
         order = model(images).argsort(1, descending=True)[:, : max(2, candidates)]
     start = order[:, 0]
     result = images.clone()
@@ -108,6 +108,7 @@ def lbfgs(
     import torch.nn.functional as F
 
     from harness import optimise as o
+    from harness.device import full_precision
     from harness.hooks import ANSWER
 
     c = torch.full((len(images),), 1.0, device=images.device, dtype=images.dtype)
@@ -120,16 +121,17 @@ def lbfgs(
         def score(outputs: dict[str, Tensor], x: Tensor, c: Tensor = c) -> Tensor:
             return -F.cross_entropy(outputs[ANSWER], classes, reduction="none") - c * (x - images).square().flatten(1).sum(1)
 
-        part = o.ascend(
-            model,
-            o.Objective(frozenset({ANSWER}), score),
-            start,
-            steps=steps,
-            step_size=0.005,  # root mean square of the first step
-            rule="lbfgs",
-            draws=draws,
-            operators=[o.Clamp()],
-        )
+        with full_precision(images.device):
+            part = o.ascend(
+                model,
+                o.Objective(frozenset({ANSWER}), score),
+                start,
+                steps=steps,
+                step_size=0.005,  # root mean square of the first step
+                rule="lbfgs",
+                draws=draws,
+                operators=[o.Clamp()],
+            )
         made = part.images.clamp(0, 1)
         hit = success(model, made, classes, True)
         size = lengths(made - images, "l2")

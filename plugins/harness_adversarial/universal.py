@@ -35,17 +35,18 @@ def universal_deepfool(
     wanted: float = 0.8,
     steps: int = 10,
     candidates: int = 10,
+    chunk: int = 25,
     progress: Progress | None = None,
 ) -> Tensor:
     """The paper's algorithm 1: each picture that the noise does not fool yet adds the smallest step that takes it over a boundary, in
     its turn, and the sum is projected; passes over the pictures in a new order until the share `wanted` is fooled.
 
-    images (N, C, H, W) in [0, 1], uint8 or floating; noise (C, H, W). Cost: a forward pass a picture and pass, and DeepFool for those
-    that are not fooled.
+    images (N, C, H, W) in [0, 1], uint8 or floating; noise (C, H, W); at most `chunk` pictures are in flight. Cost: a forward pass a
+    picture and pass, and DeepFool for those that are not fooled.
     """
     import torch
 
-    own = answers(model, images)
+    own = answers(model, images, batch=chunk)
     noise = torch.zeros_like(pixels(model, images[:1])[0])
     for turn in range(passes):
         order = draws.rand((len(images),))[0].argsort()
@@ -60,7 +61,7 @@ def universal_deepfool(
                     noise = project_noise(noise + (found.images - moved)[0], eps, norm)
             if progress is not None:
                 progress("pictures", turn * len(images) + done + 1, passes * len(images))
-        if float((answers(model, images, noise) != own).float().mean()) >= wanted:
+        if float((answers(model, images, noise, batch=chunk) != own).float().mean()) >= wanted:
             break
     return noise
 
@@ -94,7 +95,7 @@ def universal_gradient(
     reach = round(shift * images.shape[-1])
     batches = -(-len(images) // batch)
     total = passes * batches
-    own = None if reach else answers(model, images)
+    own = None if reach else answers(model, images, batch=chunk)
     for k in range(total):
         if k % batches == 0:
             order = draws.rand((len(images),))[0].argsort()
@@ -143,7 +144,7 @@ def pixels(model: LoadedModel, images: Tensor) -> Tensor:
     return images.to(model.device)
 
 
-def answers(model: LoadedModel, images: Tensor, noise: Tensor | float = 0.0, batch: int = 32) -> Tensor:
+def answers(model: LoadedModel, images: Tensor, noise: Tensor | float = 0.0, *, batch: int) -> Tensor:
     """(N,) the classes named for pictures with the noise upon them."""
     import torch
 

@@ -79,16 +79,16 @@ class UniversalPerturbation(Technique):
             )  # fmt: skip
         else:
             noise = universal_deepfool(
-                model, made_on, eps, draws, norm=self.norm, passes=self.passes, wanted=self.wanted, progress=ctx.report
+                model, made_on, eps, draws, norm=self.norm, passes=self.passes, wanted=self.wanted, chunk=ctx.max_batch, progress=ctx.report
             )
         signs = project_noise(
             1e9 * draws.randn(noise.shape)[0].sign() if self.norm == "l2" else eps * draws.randn(noise.shape)[0].sign(), eps, self.norm
         )
         before = answers(model, judged, batch=ctx.max_batch)
-        after = answers(model, judged, noise, ctx.max_batch)
+        after = answers(model, judged, noise, batch=ctx.max_batch)
         hits = (after != before).cpu().numpy()
-        own = (answers(model, made_on, noise, ctx.max_batch) != answers(model, made_on, batch=ctx.max_batch)).cpu().numpy()
-        random = (answers(model, judged, signs, ctx.max_batch) != before).cpu().numpy()
+        own = (answers(model, made_on, noise, batch=ctx.max_batch) != answers(model, made_on, batch=ctx.max_batch)).cpu().numpy()
+        random = (answers(model, judged, signs, batch=ctx.max_batch) != before).cpu().numpy()
         size = in_255ths(eps) if self.norm == "linf" else f"{eps:g} in L2"
         rows = [
             [what, float(h.mean()), *interval(h), int(h.sum()), len(h)]

@@ -67,7 +67,7 @@ class StyleTransfer(Technique):
     layer_weights: tuple[float, ...] = Param((), description="w_l of the style layers; none: all the same, summing to 1")
     content_weight: float = Param(1.0, ge=0, description="alpha")
     style_weight: tuple[float, ...] = Param((15.0,), min_length=1, description="beta; several make a row of pictures")
-    tv_weight: float = Param(0.5, ge=0, description="gamma, of the total variation a pixel")
+    tv_weight: float = Param(0.5, ge=0, description="gamma; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
         (1.0,), min_length=1, description="size of the style picture against the content's; several: a row"
     )
@@ -151,7 +151,7 @@ class StyleTransfer(Technique):
                     "objective", range(1, longest + 1), lines, "step", "weighted errors", log_y=all((v > 0).all() for v in lines.values())
                 )
             )
-        columns = ["picture", "style weight", "style scale", "content error", "style error", "total variation a pixel"]
+        columns = ["picture", "style weight", "style scale", "content error", "style error", "TV"]
         artifacts.append(Table("errors", columns, rows))
         about = {
             "content_error": "relative squared error of the content's features, of the first weight and scale",
@@ -211,6 +211,8 @@ class Transfer:
         )
 
     def run(self, picture: Tensor) -> Transferred:
+        from harness import optimise as o
+
         ctx, s = self.ctx, self.settings
         height, width = picture.shape[2:]
         draws = ctx.draws([self.stream])
@@ -235,7 +237,7 @@ class Transfer:
         if s.colours == "content":
             image = recoloured(image, picture)
         style, content = self._errors(image, picture)
-        variation = float((image[..., 1:] - image[..., :-1]).abs().mean() + (image[..., 1:, :] - image[..., :-1, :]).abs().mean())
+        variation = float(o.total_variation().score({}, image)) * 100 / image.numel()
         return Transferred(image, np.concatenate(traces), stages, content, style, variation, notes)
 
     def _descend(self, objective: Objective, start: Tensor, draws: Any) -> Ascent:

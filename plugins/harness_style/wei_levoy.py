@@ -74,14 +74,15 @@ def synthesise(
         near, below = causal(size), square(size // 2 | 1) if level else []
         places, vectors = _neighbourhoods(source, samples[level - 1] if level else None, near, below)
         colours = source.reshape(-1, source.shape[2])
-        image = colours[random.integers(0, len(colours), rows * columns)].copy()
         begun = time.perf_counter()
         finder = Tree(vectors, leaves=leaves) if search == "tsvq" else Exhaustive(vectors)
         building += time.perf_counter() - begun
         picked = colours[places]
         own = _wrapped(near, rows, columns)
         coarse = np.empty((rows * columns, 0), np.float32)
-        if level:
+        if not level:
+            image = colours[random.integers(0, len(colours), rows * columns)].copy()
+        else:
             up = made[-1]
             y, x = (g.ravel() // 2 for g in np.mgrid[:rows, :columns])
             # What raster order has not reached lies across the border: the coarser level says more of it than noise would.

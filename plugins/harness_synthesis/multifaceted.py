@@ -145,7 +145,7 @@ class Multifaceted(Technique):
         return Result(artifacts, self._metrics(apart, chances, by_chance), list(dict.fromkeys(notes)))
 
     def _metrics(self, apart: dict[str, list[float]], chances: list[float], by_chance: list[float]) -> list[Metric]:
-        about = "mean distance between the {} pictures of one class, of penultimate features"
+        apart_ = "mean distance between the {} pictures of one class, of penultimate features"
         found = [
             Metric(
                 "probability", float(np.mean(chances)), better="higher", per_image=chances, about="of the class, for its facets' pictures"
@@ -155,8 +155,8 @@ class Multifaceted(Technique):
         found.append(Metric("random_probability", float(np.mean(by_chance)), per_image=by_chance, about=about))
         for which, words in (("facets", "facets'"), ("random", "random starts'")):
             if apart[which]:
-                about_ = about.format(words)
-                found.append(Metric(f"{which}_apart", float(np.mean(apart[which])), per_image=apart[which], about=about_))
+                about = apart_.format(words)
+                found.append(Metric(f"{which}_apart", float(np.mean(apart[which])), per_image=apart[which], about=about))
         if apart["facets"] and apart["random"]:
             more = [float(a > b) for a, b in zip(apart["facets"], apart["random"], strict=True)]
             about = "share of classes whose facets' pictures differ more than those of random starts"
@@ -242,12 +242,12 @@ class Multifaceted(Technique):
         labels += ["mean"] * k + [f"p = {p:.2f}" for p in chance[:k]] + [f"random start, p = {p:.2f}" for p in chance[k : 2 * k]]
         caption = f"{model.class_name(c)}: a column a facet."
         small = side < 64
-        shots = [torch.cat([p.shots[i] for p in parts]) for i in range(len(parts[0].shots))]
+        shots = [(number, torch.cat([p.shots[i][1] for p in parts])) for i, (number, _) in enumerate(parts[0].shots)]
         strip = None
         if shots:
             few = min(k, 4)
-            stages = torch.stack([means[:few], *(resized(s[:few], side) for s in shots)], 1).flatten(0, 1)
-            words = ["mean", *(f"phase {i + 1}" for i in range(len(shots)))]
+            stages = torch.stack([means[:few], *(resized(s[:few], side) for _, s in shots)], 1).flatten(0, 1)
+            words = ["mean", *(f"phase {number + 1}" for number, _ in shots)]
             strip = Images("progress", rounded(stages), captions=words * few, columns=len(words), exact=small)
         scores = torch.cat([p.scores for p in parts], 1)[:, :k]
         stopped = sorted({i for p, first in zip(parts, firsts(parts), strict=True) for i in (first + j for j in p.stopped)})
@@ -297,7 +297,7 @@ class Climbed:
 
     images: Tensor
     scores: Tensor  # (T, N)
-    shots: list[Tensor]  # at the end of each phase
+    shots: list[tuple[int, Tensor]]  # at the end of each phase, counted from 0
     state: State
     stopped: list[int]
 
@@ -350,7 +350,6 @@ def climb(
                 rule="mean_abs",
                 transforms=[o.Crop(side, phase.spread), o.Focus(phase.margin)],
                 operators=[o.Clamp(), o.Denoise(lambda t, phase=phase, smooth=smooth: smooth / fidelity(phase, t))],  # type: ignore[misc]
-                snapshots=1,
                 converged=converged,
                 begin=o.State(inside, {"variables": x, "alive": alive, **memory}, draws.state()),
                 progress=lambda what, d, _, offset=offset: ctx.report(what, offset + d, steps),  # type: ignore[misc]
@@ -363,7 +362,7 @@ def climb(
             made = len(part.scores)
             left = part.scores[-1:].expand(count - inside - made, -1) if made else part.scores
             scores.append(torch.cat([part.scores, left]))  # of an early end the last score stands for the rest
-            shots.append(x)
+            shots.append((number, x))
         offset += phase.steps
     stopped = torch.nonzero(~alive).flatten().tolist()
     return Climbed(
