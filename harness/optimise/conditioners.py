@@ -31,7 +31,8 @@ class NaturalColours:
     def __call__(self, gradient: Tensor) -> Tensor:
         if self.share == 0 or gradient.shape[1] != 3:
             return gradient
-        return torch.einsum("ij,njhw->nihw", _mixing(self.share, gradient.device, gradient.dtype), gradient)
+        flat = gradient.contiguous().flatten(2)  # colour by colour, as what follows here wants it; products are then large ones
+        return (_mixing(self.share, gradient.device, gradient.dtype) @ flat).view(gradient.shape)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def ascend(
     def condition(move: Tensor) -> Tensor:
         for conditioner in conditioners:
             move = conditioner(move)
-        return move
+        return move.contiguous(memory_format=_form(move))
 
     for step in range(done, steps):
         with during(step) if during else nullcontext():
@@ -253,13 +253,16 @@ def _rule(rule: StepRule | Rule, gain: float) -> Rule:
 def _laid_out(z: Tensor) -> Tensor:
     """A copy, pictures with their colours side by side as the model takes them and gives gradients: steps then run over memory
     in order."""
-    form = torch.channels_last if z.dim() == 4 else torch.contiguous_format
-    return z.clone(memory_format=form)
+    return z.clone(memory_format=_form(z))
+
+
+def _form(z: Tensor) -> torch.memory_format:
+    return torch.channels_last if z.dim() == 4 else torch.contiguous_format
 
 
 def _finite(gradient: Tensor) -> Tensor:
     """(N,) whether all of a picture's gradient is finite: what is not makes its sum so."""
-    return torch.isfinite(gradient.flatten(1).sum(1))
+    return torch.isfinite(gradient.sum(tuple(range(1, gradient.dim()))))
 
 
 def _chosen(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Pa
 from harness.datasets import evenly
 
 from .blocks import refuses, spread_layers
-from .climb import CONVERGED, GO_ON, PROGRESS, check_go_on, earlier, go_on, state_of, strip
+from .climb import CONVERGED, GO_ON, PROGRESS, check_go_on, earlier, go_on, mean_picture, state_of, strip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,7 @@ class ChannelVisualization(Technique):
 
         model = ctx.model
         total = model.maps_shape(layer)[0]
-        centre = torch.tensor(model.input.mean, device=ctx.device, dtype=model.dtype).view(1, -1, 1, 1)
+        centre = mean_picture(model, side, side)
         if self.unit == "direction":
             drawn = ctx.draws([f"{layer} direction {c}" for c in channels]).randn((total,))
             weights = drawn / drawn.norm(dim=1, keepdim=True)

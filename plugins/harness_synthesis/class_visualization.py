@@ -8,7 +8,7 @@ from pydantic import model_validator
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique, Use
 
 from .blocks import refuses
-from .climb import CONVERGED, GO_ON, PROGRESS, SCHEDULE, check_go_on, earlier, go_on, state_of, strip
+from .climb import CONVERGED, GO_ON, PROGRESS, SCHEDULE, check_go_on, earlier, go_on, mean_picture, state_of, strip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +162,7 @@ class ClassVisualization(Technique):
         model = ctx.model
         classes = torch.tensor([model.class_index(c) for c in self.classes or spread(self.count, model.class_count)], device=ctx.device)
         side = self.size or model.input.size
-        centre = torch.tensor(model.input.mean, device=ctx.device, dtype=model.dtype).view(1, -1, 1, 1)
+        centre = mean_picture(model, side, side)
         seen = side + 2 * round(self.pad * side)
         if seen != model.input.size:
             problem = refuses(ctx.model, seen)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness import Context
+    from harness.models import LoadedModel
     from harness.optimise import Ascent, State
 
 SCHEDULE: Any = Param(
@@ -29,6 +30,15 @@ GO_ON: Any = Param(
     ge=0,
     description="go on from where a run of this many steps with the same settings ended; it is taken from the store or made first",
 )
+
+
+def mean_picture(model: LoadedModel, height: int, width: int) -> Tensor:
+    """(1, C, height, width) the model's mean colour everywhere: written out and laid out as pictures are, so that what is taken from them
+    or mixed with them at every step goes over memory in order."""
+    import torch
+
+    colour = torch.tensor(model.input.mean, device=model.device, dtype=model.dtype).view(1, -1, 1, 1)
+    return colour.expand(1, -1, height, width).contiguous(memory_format=torch.channels_last)
 
 
 def earlier(technique: Any) -> list[Use]:

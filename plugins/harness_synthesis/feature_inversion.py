@@ -8,7 +8,7 @@ from pydantic import model_validator
 from harness import ConfigError, Curve, Images, Metric, Paper, Param, Result, Table, Technique
 
 from .blocks import place, spread_layers
-from .climb import CONVERGED, GO_ON, PROGRESS, SCHEDULE, check_go_on, earlier, go_on, state_of, strip
+from .climb import CONVERGED, GO_ON, PROGRESS, SCHEDULE, check_go_on, earlier, go_on, mean_picture, state_of, strip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,7 @@ class FeatureInversion(Technique):
         from harness import optimise as o
 
         model, images = ctx.model, ctx.images
-        centre = torch.tensor(model.input.mean, device=ctx.device, dtype=model.dtype).view(1, -1, 1, 1)
+        centre = mean_picture(model, *images.shape[2:])
         norm = NATURAL_RMS**2 * images[0].numel()  # the squared norm of a natural picture
         weight = released_tv(place(model, layer), min(images.shape[2:]), self.beta) if self.tv is None else self.tv
         begin = go_on(ctx, f"state-{layer}")
