@@ -441,7 +441,7 @@ def lucent(model: LoadedModel, steps: int) -> None:
 
 def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     """Ten projected gradient steps on a batch of 8 against their bare passes, foolbox and (where it can be imported) torchattacks;
-    64 noisy copies of two pictures against as many forward passes."""
+    64 noisy copies of eight pictures, which share their noise, against as many forward passes."""
     import warnings
 
     from harness_adversarial.attacks import Attack, attack, perturbed
@@ -488,11 +488,11 @@ def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]
 
     def forward() -> None:
         with torch.no_grad():
-            for _ in range(2 * copies // batch):
+            for _ in range(len(images) * copies // batch):
                 model(images[:1].expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last))
 
     contenders["forward"] = forward
-    contenders["smoothing"] = lambda: counts(context(model, images[:2], "smoothing", batch), 0.25, 0, copies, model.class_count)
+    contenders["smoothing"] = lambda: counts(context(model, images, "smoothing", batch), 0.25, 0, copies, model.class_count)
     t = turns(contenders, rounds)
     rows = [
         ("PGD / raw passes", t["ours"] / t["raw"], "<= 1.15"),

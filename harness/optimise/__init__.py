@@ -30,6 +30,7 @@ from .objectives import (
     feature_error,
     guide_match,
     layer_norm,
+    positions,
     squared_norm,
     total_variation,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "guide_match",
     "join",
     "layer_norm",
+    "positions",
     "squared_norm",
     "stepped",
     "style_error",

@@ -146,7 +146,8 @@ def counts(ctx: Context, sigma: float, start: int, samples: int, classes: int) -
     def some(rows: slice) -> Tensor:
         nonlocal done
         draws = ctx.draws([f"noise {j}" for j in range(start + rows.start, start + rows.stop)])
-        noise = sigma * draws.randn(ctx.images.shape[1:])
+        # Laid out as pictures are, once for all of them.
+        noise = (sigma * draws.randn(ctx.images.shape[1:])).contiguous(memory_format=torch.channels_last)
         found = torch.zeros_like(total)
         with torch.no_grad():
             for i, image in enumerate(ctx.images):

@@ -207,12 +207,11 @@ class ChannelVisualization(Technique):
 
 def unit_score(layer: str, weights: Tensor, middle: bool = False) -> Objective:
     """(N,) the mean over positions of each unit's activation, weights (N, C) making it from the channels; or in the middle alone."""
-    import torch
-
-    from harness.optimise import Objective
+    from harness.optimise import Objective, positions
 
     def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
-        maps = torch.einsum("nchw,nc->nhw", outputs[layer], weights)
-        return maps[:, maps.shape[1] // 2, maps.shape[2] // 2] if middle else maps.flatten(1).mean(1)
+        height, width = outputs[layer].shape[2:]
+        found: Tensor = (positions(outputs[layer]) @ weights[:, :, None]).squeeze(2)
+        return found[:, height // 2 * width + width // 2] if middle else found.mean(1)
 
     return Objective(frozenset({layer}), score)

@@ -185,6 +185,18 @@ def test_pages_are_cleared_once_and_not_for_every_pass():
     assert sum(found[-10:]) < 16 * 2**20 * 4 // resource.getpagesize() // 10, "else each would clear all its pages"
 
 
+def test_random_numbers_are_the_same_from_one_thread_and_from_several(monkeypatch):
+    found = {}
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        some = Draws(["a", "b", "c", "d", "e"], CPU, torch.float32, 0)
+        found[threads] = [some.randn((3, 128, 128)), some.rand((3, 128, 128)), some.randint(0, 9, (3, 128, 128)), some.randn((2,))]
+    alone = Draws(["d"], CPU, torch.float32, 0)
+    for one, several in zip(found[1], found[3], strict=True):
+        assert torch.equal(one, several)
+    assert torch.equal(found[3][0][3:4], alone.randn((3, 128, 128)))
+
+
 def test_lower_precision_is_autocast(digits_cnn):
     x = torch.rand((1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     with device_settings("cpu", "bfloat16") as facts, torch.no_grad():
