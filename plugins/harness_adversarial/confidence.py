@@ -39,6 +39,7 @@ class Confidence(Technique):
 
     name = "confidence"
     family = "adversarial"
+    version = 2
     paper = Paper("Guo, Pleiss, Sun, Weinberger", 2017, "On Calibration of Modern Neural Networks", arxiv="1706.04599")
     needs = frozenset({"dataset", "labels", "classifier"})
     reading = (
@@ -109,7 +110,12 @@ class Confidence(Technique):
         ]  # fmt: skip
         notes = [f"the temperature is fitted on {int(fit.sum())} pictures; {int(judged.sum())} others are judged"]
         if at_bound:
-            notes.append(f"the temperature is at the end of its range, {temperature:.3g}: it is fitted on pictures that are all right")
+            why = (
+                "stays 1: the pictures it is fitted on are all right"
+                if temperature == 1
+                else f"is at the end of its range, {temperature:.3g}"
+            )
+            notes.append(f"the temperature {why}; fit it on pictures that the model has not learnt from")
         if not right.any():
             notes.append("the model is wrong on every picture that is judged")
         if ood:
@@ -230,13 +236,16 @@ def calibration_error(sure: np.ndarray, right: np.ndarray, bins: int) -> float:
 
 
 def fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> tuple[float, bool]:
-    """The temperature of the least log loss, and whether it is at the end of its range of 1/20 to 20."""
+    """The temperature of the least log loss, and whether there is one in the range from 1/20 to 20. Where all answers are right there is
+    none, as ever surer ones lose ever less; it then stays 1."""
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
 
     def loss(log_t: float) -> float:
         return float(-log_softmax(logits / np.exp(log_t), axis=1)[np.arange(len(labels)), labels].mean())
 
+    if (logits.argmax(1) == labels).all():
+        return 1.0, True
     end = np.log(20)
     best = float(minimize_scalar(loss, bounds=(-end, end), method="bounded", options={"xatol": 1e-6}).x)
     return float(np.exp(best)), bool(abs(best) > end - 0.05)
