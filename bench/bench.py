@@ -479,9 +479,11 @@ def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]
         for how, (network, x) in given.items():
             theirs = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
             contenders[f"foolbox, {how}"] = partial(pgd, theirs, x, labels, epsilons=eps)
-    if find_spec("torchattacks"):
+    try:
         import torchattacks
-
+    except ImportError:
+        pass
+    else:
         for how, (network, x) in given.items():
             second = torchattacks.PGD(network, eps=eps, alpha=eps / 10, steps=steps, random_start=False)
             contenders[f"torchattacks, {how}"] = partial(second, x, labels)

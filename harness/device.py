@@ -112,7 +112,8 @@ def device_settings(choice: str, precision: str = "float32") -> Iterator[DeviceF
         if precision == "float32":
             yield facts
         else:
-            with torch.autocast(device.type, dtype=getattr(torch, precision)):
+            # Without its cache, which would keep the weights of a network that is trained as they were at its first pass.
+            with torch.autocast(device.type, dtype=getattr(torch, precision), cache_enabled=False):
                 yield facts
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -42,6 +42,7 @@ class Task:
     content_layer: str
     targets: Mapping[str, Tensor]  # {layer: (styles, C, C)} Gram matrices
     weights: tuple[float, float, float]  # of content, style and variation
+    styles: str = ""  # what identifies the styles' pictures
 
     def losses(self, made: Tensor, contents: Tensor, styles: Tensor) -> dict[str, Tensor]:
         """Mean relative errors of pictures made of `contents` in `styles` (N,), and 100 times the mean squared step between neighbours."""
@@ -68,14 +69,17 @@ def task_of(recipe: StylerRecipe, registry: Registry, device: str, encoder: Load
     encoder = encoder or load_model(recipe.encoder, registry, device)
     layers = [encoder.full_name(n) for n in recipe.style_layers]
     tables: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    seen = hashlib.sha256()
     with torch.no_grad():
         for name in recipe.styles:
             picture = at_size(named_picture(name, registry, recipe.folder), recipe.style_size, encoder.input.channels)
+            seen.update(np.ascontiguousarray(picture).tobytes())
             found = encoder.activations(to_images(picture[None], encoder.device), layers)
             for layer in layers:
                 tables[layer].append(gram(found[layer])[0])
     targets = {layer: torch.stack(rows) for layer, rows in tables.items()}
-    return Task(encoder, encoder.full_name(recipe.content_layer), targets, (recipe.content_weight, recipe.style_weight, recipe.tv_weight))
+    weights = recipe.content_weight, recipe.style_weight, recipe.tv_weight
+    return Task(encoder, encoder.full_name(recipe.content_layer), targets, weights, seen.hexdigest())
 
 
 def crops(data: Dataset, count: int, size: int, channels: int, device: torch.device, seed: int = 0, start: int = 0) -> Iterator[Tensor]:
@@ -250,9 +254,10 @@ def fit(
 
 
 def _identity(module: TransformNet, task: Task, recipe: StylerRecipe, data: Dataset) -> str:
-    """What a training goes from and goes by: its recipe, and what stands behind the names there."""
-    found = hashlib.sha256(json.dumps([recipe.model_dump(mode="json"), task.encoder.weights, data.fingerprint], sort_keys=True).encode())
-    for name, value in [*module.state_dict().items(), *task.targets.items()]:
+    """What a training goes from and goes by: its recipe, and what stands behind the names there. The same on every device."""
+    behind = [recipe.model_dump(mode="json"), task.encoder.weights, data.fingerprint, task.styles]
+    found = hashlib.sha256(json.dumps(behind, sort_keys=True).encode())
+    for name, value in module.state_dict().items():
         found.update(name.encode())
         found.update(value.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()

@@ -8,7 +8,7 @@ from harness import ConfigError, Curve, Images, Paper, Param, Result, Table, Tec
 from harness.technique import Further
 
 from .attacks import Attack, Norm, attack, in_255ths, perturbed, project, success
-from .shared import AMPLIFIED, interval, rate, second, tell_difference
+from .shared import AMPLIFIED, in_full_precision, interval, rate, second, tell_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +60,7 @@ class AttackCurve(Technique):
     def further(self) -> Further:
         return Further(models=[self.surrogate] if self.surrogate else [])
 
+    @in_full_precision
     def run(self, ctx: Context) -> Result:
         wrong = [e for e in self.eps if not 0 <= e <= 255]
         if wrong:

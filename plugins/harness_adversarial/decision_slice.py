@@ -9,6 +9,7 @@ from harness import ConfigError, Curve, Images, Metric, Paper, Param, Result, Ta
 
 from .attacks import FLOOR
 from .minimal import deepfool
+from .shared import in_full_precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +62,7 @@ class DecisionSlice(Technique):
     def uses(self) -> list[Use]:
         return [Use("universal_perturbation")] if "universal" in self.axes else []
 
+    @in_full_precision
     def run(self, ctx: Context) -> Result:
         import torch
 

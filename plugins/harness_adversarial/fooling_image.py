@@ -7,7 +7,7 @@ import numpy as np
 from harness import ConfigError, Images, Metric, Paper, Param, Result, Table, Technique
 
 from .attacks import Attack, in_255ths, lengths, perturbed
-from .shared import AMPLIFIED
+from .shared import AMPLIFIED, in_full_precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,7 @@ class FoolingImage(Technique):
     steps: int = Param(40, ge=0, le=100_000, description="signed gradient steps")
     step_size: float = Param(0.125, gt=0, le=1, description="length of a step as a share of eps")
 
+    @in_full_precision
     def run(self, ctx: Context) -> Result:
         import torch
 

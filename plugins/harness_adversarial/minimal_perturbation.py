@@ -8,7 +8,7 @@ from harness import Images, Metric, Paper, Param, Result, Table, Technique
 
 from .attacks import Attacked, lengths
 from .minimal import deepfool, lbfgs
-from .shared import AMPLIFIED, interval_text, second, tell_difference
+from .shared import AMPLIFIED, in_full_precision, interval_text, second, tell_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,7 @@ class MinimalPerturbation(Technique):
     steps: int = Param(40, ge=1, le=10_000, description="L-BFGS: steps for each weight c")
     rounds: int = Param(8, ge=1, le=100, description="L-BFGS: weights c that are tried")
 
+    @in_full_precision
     def run(self, ctx: Context) -> Result:
         import torch
 

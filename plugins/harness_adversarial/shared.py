@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from harness import Metric
+    from harness import Context, Metric, Result
 
+Of = TypeVar("Of")
 AMPLIFIED = 10
+
+
+def in_full_precision(run: Callable[[Of, Context], Result]) -> Callable[[Of, Context], Result]:
+    """A technique's `run` whose every answer is given in full precision, as attacks step and judge in it: in a lower one a picture near a
+    boundary would have another answer before any change."""
+
+    @wraps(run)
+    def exact(technique: Of, ctx: Context) -> Result:
+        from harness.device import full_precision
+
+        with full_precision(ctx.device):
+            return run(technique, ctx)
+
+    return exact
 
 
 def second(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from harness import ConfigError, Matrix, Metric, NotApplicable, Paper, Param, Re
 from harness.technique import Further
 
 from .attacks import Attack, in_255ths, perturbed, project
-from .shared import interval
+from .shared import in_full_precision, interval
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,7 @@ class TransferMatrix(Technique):
     def further(self) -> Further:
         return Further(models=self.models)
 
+    @in_full_precision
     def run(self, ctx: Context) -> Result:
         if self.eps > 255:
             raise ConfigError(f"transfer_matrix.eps: {self.eps:g} is more than 255 255ths, the whole range of a pixel")

@@ -7,7 +7,7 @@ import numpy as np
 from harness import Arrays, ConfigError, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 from .attacks import in_255ths
-from .shared import interval, rate
+from .shared import in_full_precision, interval, rate
 from .universal import answers, project_noise, universal_deepfool, universal_gradient
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class UniversalPerturbation(Technique):
     )
     wanted: float = Param(0.8, gt=0, le=1, description="deepfool: share of its own pictures at which it stops")
 
+    @in_full_precision
     def run(self, ctx: Context) -> Result:
         import torch
 

@@ -7,7 +7,7 @@ import numpy as np
 from harness import ConfigError, EveryMap, Heatmaps, Images, Metric, NotApplicable, Paper, Param, Result, TargetSpec, Technique
 
 from .measures import captions
-from .regions import layers_of, marked, regions
+from .regions import layers_of, marked, regions, takes_twice
 from .saliency import TARGET
 
 if TYPE_CHECKING:
@@ -77,17 +77,19 @@ class GrabcutSegmentation(Technique):
         pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
         trimaps, cuts, notes = [], [], []
         by_regions = self.regions == "spectral" and bool(layers_of(ctx.model))
+        twice = by_regions and takes_twice(ctx.model)
         if self.regions == "spectral" and not by_regions:
             notes.append(f"{ctx.model.name} has no layers with maps to part pictures by; seeds are quantiles of the map alone")
         for i, (name, values, picture) in enumerate(zip(ctx.ids, maps, pixels, strict=True)):
             seeds = self.trimap(values)
             if by_regions and (seeds == FOREGROUND).any():
-                seeds = self.within(values, marked(regions(ctx.model, ctx.images[i : i + 1], self.pieces), values, self.share))
+                seeds = self.within(values, marked(regions(ctx.model, ctx.images[i : i + 1], self.pieces, twice), values, self.share))
             ctx.report("pictures", i + 1, len(ctx.ids))
-            if by_regions and not (seeds == BACKGROUND).any() and (seeds == FOREGROUND).any():
+            outside = (seeds == BACKGROUND) | (seeds == MAYBE_BACKGROUND) & by_regions
+            if by_regions and (seeds == FOREGROUND).any() and not outside.any():
                 notes.append(f"{name}: all of the picture is marked")
                 cuts.append(np.ones(values.shape, dtype=bool))
-            elif not (seeds == FOREGROUND).any() or not (seeds == BACKGROUND).any():
+            elif not (seeds == FOREGROUND).any() or not outside.any():
                 notes.append(f"{name}: the map is too flat for seeds of both kinds; nothing is cut out")
                 cuts.append(np.zeros(values.shape, dtype=bool))
             else:

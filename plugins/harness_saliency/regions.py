@@ -17,6 +17,7 @@ DEPTHS = 4  # layers whose features are compared
 VECTORS = 6  # of the cut, in which places are grouped
 COLOUR, SPREAD = 0.5, 0.5  # weight of likeness in colour; its squared width, in deviations of the picture's colours
 NEAR, WIDTH = 0.3, 0.25  # of places far apart this share counts; how far near reaches, as a share of the side
+DENSE = 400  # places up to which all eigenvectors are as quick as a few
 FLOOR = 0.05  # below this two places are not alike at all
 
 
@@ -30,57 +31,79 @@ def layers_of(model: LoadedModel) -> list[str]:
     return list(dict.fromkeys(later[round(i * (len(later) - 1) / max(1, count - 1))] for i in range(count)))
 
 
-def regions(model: LoadedModel, image: Tensor, count: int = 8) -> np.ndarray:
+def takes_twice(model: LoadedModel) -> bool:
+    """Whether the model looks at pictures of twice its size with these layers, which gives finer maps."""
+    from harness_synthesis.blocks import refuses
+
+    return not refuses(model, 2 * model.input.size, layers_of(model)[-1])
+
+
+def regions(model: LoadedModel, image: Tensor, count: int = 8, twice: bool = False) -> np.ndarray:
     """int (side, side), side at most 56: the number of each place's region in one picture (1, C, H, W), at most `count` of them.
 
-    The picture is looked at in twice its size where the model takes that, for finer maps. Cost: one forward pass of twice the sides, and
-    a few eigenvectors of a matrix of side^4 numbers on the CPU.
+    With `twice` the picture is looked at in twice its size. Cost: one forward pass, and a few eigenvectors of a matrix of side^4 numbers
+    on the CPU.
     """
-    from scipy.sparse.linalg import eigsh
+    import warnings
+
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     side = min(GRID, *image.shape[2:])
-    likeness = alike(model, image, side)
-    degree = likeness.sum(1)
-    root = np.sqrt(degree)
-    vectors = min(VECTORS, side * side - 2)
-    values, found = eigsh(likeness / (root[:, None] * root[None]), k=vectors + 1, v0=np.ones(len(degree)))
-    found = found[:, np.argsort(-values)[1:]] / root[:, None]
+    if side < 2:
+        return np.zeros((side, side), int)
+    likeness = alike(model, image, side, twice)
+    root = np.sqrt(likeness.sum(1))
+    vectors = min(VECTORS, side * side - 1)
+    found = leading(likeness / (root[:, None] * root[None]), vectors + 1)[:, 1:] / root[:, None]
     found = found / np.linalg.norm(found, axis=0)
     found = found * np.sign(found[np.abs(found).argmax(0), np.arange(vectors)])
-    groups: np.ndarray = KMeans(count, n_init=4, random_state=0).fit_predict(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer kinds of places than regions, in a picture of one colour
+        groups: np.ndarray = KMeans(min(count, side * side), n_init=4, random_state=0).fit_predict(found)
     return groups.reshape(side, side)
 
 
-def alike(model: LoadedModel, image: Tensor, side: int) -> np.ndarray:
+def leading(matrix: np.ndarray, count: int) -> np.ndarray:
+    """(n, count) eigenvectors of a symmetric matrix (n, n), those of the largest values first."""
+    from scipy.linalg import eigh
+    from scipy.sparse.linalg import eigsh
+
+    n = len(matrix)
+    if n <= DENSE:  # where a picture's symmetries would end the search early, to go on from a random place
+        vectors: np.ndarray = eigh(matrix, subset_by_index=(n - count, n - 1))[1]
+        return vectors[:, ::-1]
+    values, vectors = eigsh(matrix, k=count, which="LA", v0=np.ones(n))
+    return vectors[:, np.argsort(-values)]
+
+
+def alike(model: LoadedModel, image: Tensor, side: int, twice: bool = False) -> np.ndarray:
     """float64 (side^2, side^2): how much two places of a picture have to do with one another."""
     import torch
     import torch.nn.functional as F
-
-    from harness.device import at_least_single
-    from harness_synthesis.blocks import refuses
+    from scipy.spatial.distance import cdist
 
     layers = layers_of(model)
-    twice = 2 * min(image.shape[2:])
     with torch.no_grad():
-        seen = image
-        if not refuses(model, twice, layers[-1]):
-            seen = F.interpolate(image, scale_factor=2.0, mode="bicubic", align_corners=False).clamp(0, 1)
-        likeness = torch.zeros((side * side, side * side), dtype=torch.float64)
-        for found in model.activations(seen, layers).values():
-            maps = F.interpolate(at_least_single(found).cpu(), size=(side, side), mode="bilinear", align_corners=False)[0].flatten(1).T
-            maps = F.normalize(maps - maps.mean(0), dim=1)
-            likeness += (maps @ maps.T).clamp(min=0) / len(layers)
-        small = F.interpolate(image.cpu().float(), size=(side, side), mode="area")
-    colours = torch.from_numpy(lightness_and_hue(small[0].numpy())).flatten(1).T
+        seen = F.interpolate(image, scale_factor=2.0, mode="bicubic", align_corners=False).clamp(0, 1) if twice else image
+        features = [
+            F.interpolate(found.float(), size=(side, side), mode="bilinear", align_corners=False)[0].flatten(1).T.cpu().numpy()
+            for found in model.activations(seen, layers).values()
+        ]
+        small = F.interpolate(image.float(), size=(side, side), mode="area")[0].cpu().numpy()
+    likeness = np.zeros((side * side, side * side))
+    for maps in features:
+        own = maps - maps.mean(0)
+        own = own / np.linalg.norm(own, axis=1, keepdims=True).clip(1e-12)
+        likeness += (own @ own.T).clip(0) / len(layers)
+    colours = lightness_and_hue(small).reshape(3, -1).T
     colours = (colours - colours.mean(0)) / (colours.std() + 1e-6)
-    line = torch.arange(side) / side
-    places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).view(-1, 2)
-    likeness += COLOUR * torch.exp(-torch.cdist(colours, colours).square() / SPREAD)
-    likeness *= NEAR + torch.exp(-torch.cdist(places, places).square() / (2 * WIDTH**2))
+    likeness += COLOUR * np.exp(-cdist(colours, colours, "sqeuclidean") / SPREAD)
+    places = np.indices((side, side)).reshape(2, -1).T / side
+    likeness *= NEAR + np.exp(-cdist(places, places, "sqeuclidean") / (2 * WIDTH**2))
     likeness[likeness < FLOOR] = 0
-    likeness.fill_diagonal_(1)  # no place is without any other, if only itself
-    return likeness.numpy()
+    np.fill_diagonal(likeness, 1)  # no place is without any other, if only itself
+    return likeness
 
 
 def lightness_and_hue(image: np.ndarray) -> np.ndarray:

@@ -211,7 +211,7 @@ def unit_score(layer: str, weights: Tensor, middle: bool = False) -> Objective:
 
     def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
         height, width = outputs[layer].shape[2:]
-        found: Tensor = (positions(outputs[layer]) @ weights[:, :, None]).squeeze(2)
+        found: Tensor = (positions(outputs[layer]) @ weights[:, :, None].to(outputs[layer].dtype)).squeeze(2)
         return found[:, height // 2 * width + width // 2] if middle else found.mean(1)
 
     return Objective(frozenset({layer}), score)

@@ -16,7 +16,7 @@ from harness.registry import InputSpec
 from harness.technique import Used
 from harness_saliency import GrabcutSegmentation, Saliency
 from harness_saliency.grabcut_segmentation import BACKGROUND, FOREGROUND, iou, without_holes
-from harness_saliency.regions import alike, marked, regions
+from harness_saliency.regions import alike, leading, marked, regions
 
 
 def square_on_noise(side=64):
@@ -134,6 +134,47 @@ def test_regions_are_what_hangs_together_and_the_same_each_time():
     inside, outside = disc > 0.95, disc < 0.05
     mixed = [k for k in range(4) if min((first == k)[inside].sum(), (first == k)[outside].sum()) > 0.02 * inside.sum()]
     assert not mixed
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 8, 30])
+def test_regions_of_small_pictures_and_of_one_colour(side):
+    model = small_network(side)
+    grey = torch.full((1, 3, side, side), 0.5)
+    first, second = (regions(model, grey, 12) for _ in range(2))
+    assert first.shape == (side, side)
+    assert first.min() >= 0 and first.max() < 12
+    assert np.array_equal(first, second)
+    drawn = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
+    assert len(np.unique(regions(model, drawn, 64))) <= min(64, side * side)
+
+
+def test_leading_vectors_are_numpys():
+    random = np.random.default_rng(0)
+    for n in (20, 420):  # by either way
+        matrix = random.random((n, n))
+        matrix += matrix.T
+        vectors = np.linalg.eigh(matrix)[1]
+        found = leading(matrix, 3)
+        np.testing.assert_allclose(np.abs((found * vectors[:, ::-1][:, :3]).sum(0)), 1, atol=1e-8)
+
+
+def test_a_rim_too_narrow_for_seeds_is_left_to_the_colours(monkeypatch):
+    """All but two columns are marked: nothing lies far outside, but that is not to say that all of the picture is the object."""
+    from harness_saliency import grabcut_segmentation as module
+
+    picture, mask = halves()
+    picture[:, 62:] = 250
+    ctx = with_map(picture, mask + 0.1 * np.random.default_rng(0).random(mask.shape))
+    ctx.model = small_network()
+    inside = np.ones((64, 64), np.float32)
+    inside[:, 62:] = 0
+    monkeypatch.setattr(module, "marked", lambda *_: inside)
+    result = GrabcutSegmentation(smooth=0.0).run(ctx)
+    assert not any("all of the picture" in note for note in result.notes)
+    assert not next(a for a in result.artifacts if a.name == "mask").data[0][:, 62:].any()
+    monkeypatch.setattr(module, "marked", lambda *_: np.ones((64, 64), np.float32))
+    result = GrabcutSegmentation(smooth=0.0).run(ctx)
+    assert any("all of the picture" in note for note in result.notes)
 
 
 def test_likeness_is_symmetric_and_every_place_has_some():

@@ -204,6 +204,18 @@ def test_lower_precision_is_autocast(digits_cnn):
     assert facts.precision == "bfloat16"
 
 
+def test_a_network_that_is_trained_in_lower_precision_is_seen_as_it_is():
+    """Autocast's cache would keep the weights of the first pass."""
+    net, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
+    with device_settings("cpu", "bfloat16"), torch.enable_grad():
+        before = net(x).detach()
+        with torch.no_grad():
+            net.weight.add_(1.0)
+        after = net(x).detach()
+    assert before.dtype == torch.bfloat16
+    torch.testing.assert_close((after - before).float(), torch.full((1, 4), 4.0), rtol=0.05, atol=0)
+
+
 def scarce(monkeypatch, model, most):
     """The model runs out of memory above `most` pictures."""
     real = type(model).__call__
