@@ -46,7 +46,7 @@ class LowFrequencies:
             return gradient
         height, width = gradient.shape[2:]
         scale = _frequency_scale(self.power, height, width, gradient.device, gradient.dtype)
-        return torch.fft.irfft2(torch.fft.rfft2(gradient) * scale, s=(height, width))
+        return torch.fft.irfft2(torch.fft.rfft2(gradient).mul_(scale), s=(height, width))
 
 
 # Constants are made once: a copy from the host to a device in every step would make the loop wait for it.
