@@ -125,6 +125,8 @@ def from_pytorch_examples(state: Mapping[str, Tensor], entry: ModelEntry) -> dic
     That network takes and makes pictures in 0..255, and its norms may hold running means of older versions of torch, which play no part.
     Scales go into the first and the last convolution, so that at sides that are multiples of four both make the same picture.
     """
+    if entry.args.get("squash", True):
+        raise ValueError("its pictures are cut off and not squashed: the entry needs `args: {squash: false}`")
     found: dict[str, Tensor] = {}
     for ours, (conv, norm) in _EXAMPLES.items():
         found[f"{ours}.conv.weight"], found[f"{ours}.conv.bias"] = state[f"{conv}.conv2d.weight"], state[f"{conv}.conv2d.bias"]

@@ -202,7 +202,7 @@ def fit(
 
     A state in the file `state` of the same training is taken up; it is written every 200 steps.
     """
-    training = _identity(module, task, recipe, data)
+    training = _identity(module, task, recipe, data) if state is not None else ""
     device = task.encoder.device
     styles = next(iter(task.targets.values())).shape[0]
     module.train()

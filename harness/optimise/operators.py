@@ -85,9 +85,9 @@ class Clamp:
     high: Tensor | float = 1.0
 
     def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor:
-        if isinstance(self.low, Tensor) == isinstance(self.high, Tensor):
-            return images.clamp(self.low, self.high)  # type: ignore[arg-type]  # both numbers, or both tensors
-        return images.clamp(min=self.low).clamp(max=self.high)
+        if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
+            return images.clamp(min=self.low).clamp(max=self.high)
+        return images.clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)

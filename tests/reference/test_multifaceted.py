@@ -109,9 +109,12 @@ def test_crops_are_drawn_about_the_middle_and_steps_reach_them_alone():
 def test_facets_differ_more_than_random_starts(model, registry, digits):
     from harness.models import load_model
 
-    result = run_once(Multifaceted(count=10, facets=5), load_model(model, registry), digits)
-    metrics = {m.name: m for m in result.metrics}
-    assert metrics["facets_differ_more"].value > 0.5  # of ten classes seven or six; one more or less by the processor's rounding
+    results = [run_once(Multifaceted(count=10, facets=5), load_model(model, registry), digits, seed=seed) for seed in range(3)]
+    every = [{m.name: m for m in found.metrics} for found in results]
+    # A single class may fall either way, by the processor's rounding even: of many it is the greater part, and their mean each time.
+    assert np.mean([found["facets_differ_more"].value for found in every]) > 0.5
+    assert all(found["facets_apart"].value > 1.05 * found["random_apart"].value for found in every)
+    result, metrics = results[0], every[0]
     assert metrics["facets_apart"].value > 1.1 * metrics["random_apart"].value
     assert metrics["probability"].value > 0.95
     assert metrics["random_probability"].value > 0.7  # else they would lie close together for not having started

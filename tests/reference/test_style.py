@@ -484,6 +484,10 @@ def test_checkpoints_of_pytorch_examples_make_the_same_pictures(tmp_path):
         wanted = peer(255 * x).clamp(0, 255) / 255
     assert 0.02 < (wanted == 0).float().mean() + (wanted == 1).float().mean() < 0.9
     torch.testing.assert_close(styler(x), wanted, rtol=0, atol=5e-5)
+    text = (tmp_path / "mine.yaml").read_text()
+    (tmp_path / "other.yaml").write_text(text.replace("    args: {squash: false}\n", ""))
+    with pytest.raises(WeightsError, match="needs `args: {squash: false}`"):  # else it would make pale pictures and say nothing
+        load_styler("candy", load_registry([tmp_path / "other.yaml"]))
     state.pop("res3.conv1.conv2d.weight")
     torch.save(state, tmp_path / "candy.pth")
     with pytest.raises(WeightsError, match="cannot convert"):
