@@ -107,7 +107,7 @@ class DecisionSlice(Technique):
             about = "distance to the nearest boundary that DeepFool finds, L2 of pictures in [0, 1]"
             metrics.append(Metric("boundary_distance", float(np.mean(each)), better="higher", per_image=each, about=about))
         notes = [
-            f"along {axis} no other class within reach for {n} of {len(images)} pictures"
+            f"along {axis} no other class within reach for {n} of {len(images)} pictures; a larger `reach` looks further"
             for axis, n in zip(self.axes, (int(np.isinf(distances[a]).sum()) for a in ("first", "second")), strict=True)
             if n
         ]
