@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -48,8 +47,9 @@ def turns(contenders: dict[str, Work], rounds: int) -> dict[str, float]:
 
 def paces(model: LoadedModel, pairs: dict[str, tuple[Work, Work]], rounds: int) -> dict[str, float]:
     """Of each pair, how long a step of the one takes as a share of a step of the other: medians of the times between the beginnings of
-    two forward passes of the model, of which a step has one. The two of a pair follow one another, and the median of the rounds counts:
-    what a run does once has no part in it, and a machine that is slow for a while is so for both."""
+    forward passes of the model, of which a step has one, and four steps apart, as some things are done every fourth. The two of a pair
+    follow one another, and the median of the rounds counts: what a run does once has no part in it, and a machine that is slow for a
+    while is so for both."""
     ratios: dict[str, list[float]] = {name: [] for name in pairs}
     for _ in range(rounds):
         for name, pair in pairs.items():
@@ -60,6 +60,7 @@ def paces(model: LoadedModel, pairs: dict[str, tuple[Work, Work]], rounds: int) 
 
 
 STEPS = 12  # at the end of a run, of which the median counts: the first may go by another rule
+APART = 4
 
 
 def _pace(model: LoadedModel, work: Work) -> float:
@@ -70,7 +71,7 @@ def _pace(model: LoadedModel, work: Work) -> float:
         work()
     finally:
         handle.remove()
-    return statistics.median([after - before for before, after in pairwise(begun)][-STEPS:])
+    return statistics.median([after - before for before, after in zip(begun, begun[APART:], strict=False)][-STEPS:]) / APART
 
 
 def pictures(model: LoadedModel, count: int) -> torch.Tensor:

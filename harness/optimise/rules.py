@@ -44,6 +44,11 @@ def average(x: Tensor) -> Tensor:
     return x.mean(tuple(range(1, x.dim())), keepdim=True)
 
 
+def root_mean_square(x: Tensor) -> Tensor:
+    """(N, 1, ...) over each picture's variables."""
+    return rows(torch.linalg.vector_norm(_flat(x), dim=1) / (x[0].numel() ** 0.5), x)
+
+
 def _tiny(x: Tensor) -> float:
     return float(torch.finfo(x.dtype).tiny)
 
@@ -68,7 +73,7 @@ class Normalised(_Plain):
 
     def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
         move = condition(gradient)
-        return move * _over(size, average(move.square()).sqrt())
+        return move * _over(size, root_mean_square(move))
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ class LBFGS:
         first = _flat(condition(_shaped(q, gradient)))
         # In the units of the inverse Hessian, whatever those of the conditioners are; along the gradient while nothing is known.
         curvature = memory["curvature"][:, None] * _over(1.0, total(q * first)) * total(q.square())
-        first = first * torch.where(curvature > 0, curvature, _over(size, average(first.square()).sqrt()))
+        first = first * torch.where(curvature > 0, curvature, _over(size, root_mean_square(first)))
         across = torch.bmm(memory["bends"], first[:, :, None]).squeeze(2).gather(1, newest).to(kind)
         of_s = torch.zeros_like(rho)
         for k in reversed(range(m)):
