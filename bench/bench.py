@@ -585,7 +585,7 @@ def textures() -> list[tuple[str, float, str]]:
         pixels = np.asarray(Image.fromarray(picture).resize((128, 128), Image.Resampling.LANCZOS), np.float32) / 255
         sample = pixels.reshape(128, 128, -1)
         tree, whole = (
-            synthesise(sample, 128, 128, size=9, levels=3, search=search, leaves=4, random=np.random.default_rng(0))
+            synthesise(sample, 128, 128, size=9, levels=3, search=search, leaves=2, random=np.random.default_rng(0))
             for search in ("tsvq", "exhaustive")
         )
         rows.append((f"texture of {name}: exhaustive search / tree", whole.seconds / tree.seconds, ">= 10"))

@@ -56,11 +56,23 @@ def search(
 
 
 @_jit
+def apart(one: Any, other: Any) -> Any:
+    distance = np.float32(0)
+    for d in range(one.shape[0]):
+        distance += (one[d] - other[d]) ** 2
+    return distance
+
+
+@_jit
 def fill(
-    places: Any, image: Any, own: Any, coarse: Any, picked: Any, matches: Any, asked: Any,
+    places: Any, image: Any, own: Any, coarse: Any, picked: Any, matches: Any, asked: Any, beside: Any, onward: Any, vectors: Any,
     centres: Any, first: Any, last: Any, is_leaf: Any, packed: Any, rows: Any, leaves: int, far: Any, node_of: Any,
 ) -> None:  # fmt: skip
-    """Pixels `places` of image (M, C), each by the match of its neighbours own (M, K) and of coarse (M, L); `asked` keeps the vectors."""
+    """Pixels `places` of image (M, C), each by the match of its neighbours own (M, K) and of coarse (M, L); `asked` keeps the vectors.
+
+    beside (B,) says which of the K neighbours touch the pixel, onward (N, B) which row of the sample stands to a row as the pixel to that
+    neighbour, or -1. What continues a neighbour's match is compared with what the tree finds.
+    """
     colours, length = image.shape[1], own.shape[1] * image.shape[1]
     for place in places:
         vector = asked[place]
@@ -70,6 +82,14 @@ def fill(
         for k in range(coarse.shape[1]):
             vector[length + k] = coarse[place, k]
         found = search(centres, first, last, is_leaf, packed, rows, leaves, far, node_of, vector)
+        best = apart(vectors[found], vector)
+        for b in range(beside.shape[0]):
+            match = matches[own[place, beside[b]]]
+            if match < 0 or onward[match, b] < 0:
+                continue
+            distance = apart(vectors[onward[match, b]], vector)
+            if distance < best:
+                best, found = distance, onward[match, b]
         matches[place] = found
         for c in range(colours):
             image[place, c] = picked[found, c]

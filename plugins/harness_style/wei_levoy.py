@@ -64,11 +64,13 @@ def synthesise(
 
     Each level of the pyramid is filled in raster order from its causal neighbourhood, of which the picture's border wraps around (a
     toroidal picture tiles), and from the whole neighbourhood, about half as wide, of the finished coarser level. The coarsest level begins
-    as noise of the sample's own pixels and is gone over twice, since across its border the first time there is noise.
+    as noise of the sample's own pixels and is gone over twice, since across its border the first time there is noise; of the others what
+    lies near the upper and the left border is.
     """
     samples = pyramid(sample, levels)
     sides = [(-(-height // 2**k), -(-width // 2**k)) for k in range(levels - 1, -1, -1)]
     made: list[np.ndarray] = []
+    origins = np.empty(0, np.int64)  # where in the sample of a level each pixel was taken
     cost, seconds, building = 0.0, 0.0, 0.0
     for level, (source, (rows, columns)) in enumerate(zip(samples, sides, strict=True)):
         near, below = causal(size), square(size // 2 | 1) if level else []
@@ -80,39 +82,63 @@ def synthesise(
         picked = colours[places]
         own = _wrapped(near, rows, columns)
         coarse = np.empty((rows * columns, 0), np.float32)
+        y, x = (g.ravel() for g in np.mgrid[:rows, :columns])
         if not level:
             image = colours[random.integers(0, len(colours), rows * columns)].copy()
         else:
             up = made[-1]
-            y, x = (g.ravel() // 2 for g in np.mgrid[:rows, :columns])
-            # What raster order has not reached lies across the border: the coarser level says more of it than noise would.
-            image = up[y, x].copy()
-            coarse = up.reshape(-1, up.shape[2])[_wrapped(below, *up.shape[:2])[y * up.shape[1] + x]].reshape(rows * columns, -1)
-        matches = np.empty(rows * columns, np.int64)
+            above = (y // 2) * up.shape[1] + x // 2
+            # What raster order has not reached lies across the border: what is finer where the coarser level took its pixels from says
+            # more of it than noise would.
+            taken = np.stack(np.divmod(origins[above], samples[level - 1].shape[1])) * 2 + [y % 2, x % 2]
+            image = source[np.minimum(taken[0], source.shape[0] - 1), np.minimum(taken[1], source.shape[1] - 1)]
+            coarse = up.reshape(-1, up.shape[2])[_wrapped(below, *up.shape[:2])[above]].reshape(rows * columns, -1)
+        matches = np.full(rows * columns, -1)
         asked = np.empty((rows * columns, vectors.shape[1]), np.float32)
-        filled = _by_tree(finder) if isinstance(finder, Tree) else partial(_one_by_one, finder)
+        going_on = _continued(near, places, source.shape[:2])
+        filled = _by_tree(finder, *going_on) if isinstance(finder, Tree) else partial(_one_by_one, finder)
         begun = time.perf_counter()
-        for _ in range(1 if level else 2):
+        # Then what was made before all across the border was: near the upper and the left one; of the coarsest level, everything.
+        again = (y < size // 2) | (x < size // 2) | (level == 0)
+        for once in (np.ones_like(again), again):
             for row in range(0, rows, STRIPE):
-                filled(np.arange(row * columns, min(rows, row + STRIPE) * columns), image, own, coarse, picked, matches, asked)
+                here = slice(row * columns, min(rows, row + STRIPE) * columns)
+                filled(row * columns + np.flatnonzero(once[here]), image, own, coarse, picked, matches, asked)
                 if progress is not None:
                     progress(f"rows of level {level + 1} of {levels}", min(rows, row + STRIPE), rows)
         seconds += time.perf_counter() - begun
+        origins = places[matches]
         if level == levels - 1:
             cost = float(np.square(asked - vectors[matches]).mean(dtype=np.float64))
         made.append(image.reshape(rows, columns, -1))
     return Synthesis(made[-1], made, cost, seconds, building)
 
 
-def _by_tree(tree: Tree) -> Callable[..., None]:
+def _continued(near: Sequence[tuple[int, int]], places: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) which of the neighbours `near` touch a pixel; (N, B) which row of the sample's vectors, at `places` (N,), stands to each row as
+    the pixel to that neighbour, or -1."""
+    beside = [k for k, (dy, dx) in enumerate(near) if max(abs(dy), abs(dx)) == 1]
+    rows = np.full(shape, -1)
+    rows.ravel()[places] = np.arange(len(places))
+    y, x = np.divmod(places, shape[1])
+    found = np.full((len(places), len(beside)), -1)
+    for b, k in enumerate(beside):
+        to_y, to_x = y - near[k][0], x - near[k][1]
+        inside = (to_y < shape[0]) & (to_x >= 0) & (to_x < shape[1])
+        found[inside, b] = rows[to_y[inside], to_x[inside]]
+    return np.array(beside), found
+
+
+def _by_tree(tree: Tree, beside: np.ndarray, onward: np.ndarray) -> Callable[..., None]:
     """The compiled loop; compiling it is none of a search's time."""
     from .tsvq_compiled import fill
 
     length = tree.vectors.shape[1]
     none = np.zeros(0, np.int64)
     one = np.zeros((1, length), np.float32)
-    fill(none, one, np.zeros((1, 1), np.int64), one, one, none, one, *tree.parts)
-    return lambda *level: fill(*level, *tree.parts)
+    known = beside, onward, tree.vectors, *tree.parts
+    fill(none, one, np.zeros((1, 1), np.int64), one, one, none, one, *known)
+    return lambda *level: fill(*level, *known)
 
 
 def _one_by_one(

@@ -20,13 +20,15 @@ class WeiLevoyTexture(Technique):
     so far, from a coarse picture to a fine one (Wei & Levoy 2000, SIGGRAPH, doi:10.1145/344779.345009).
 
     Surroundings are the L of pixels that raster order has passed, around the border as if the picture were tiled, and the finished coarser
-    level about the same place. They are found by tree-structured vector quantisation, or exactly by comparing with all. Pictures are made
-    in their own colours; the model is not used. Cost: a search for each pixel, four thirds of them for all levels.
+    level about the same place. They are found by tree-structured vector quantisation, or exactly by comparing with all; what continues
+    the matches of the four pixels beside it is looked at as well, if it is more alike than what the tree finds (candidates of
+    Ashikhmin 2001, doi:10.1145/364338.364405). Pictures are made in their own colours; the model is not
+    used. Cost: a search for each pixel, four thirds of them for all levels, and of those near two borders a second one.
     """
 
     name = "wei_levoy_texture"
     family = "style"
-    version = 2
+    version = 3
     paper = Paper("Wei, Levoy", 2000, "Fast Texture Synthesis using Tree-structured Vector Quantization", doi="10.1145/344779.345009")
     needs = frozenset({"dataset"})
     reading = (
@@ -38,7 +40,7 @@ class WeiLevoyTexture(Technique):
     window: int = Param(9, ge=3, le=41, description="side of the neighbourhood; made odd")
     levels: int = Param(3, ge=1, le=8, description="levels of the pyramid; fewer where the sample is too small")
     search: Literal["tsvq", "exhaustive"] = Param("tsvq", description="how the most alike is found: by a tree, or by comparing with all")
-    leaves: int = Param(4, ge=1, le=1000, description="tsvq: leaves of the tree that are looked at; one is fastest, and coarser")
+    leaves: int = Param(2, ge=1, le=1000, description="tsvq: leaves of the tree that are looked at; one is fastest, and coarser")
     compare: bool = Param(False, description="make it by both searches, and compare their time and how well they match")
     sample_size: int = Param(128, ge=8, le=2048, description="longer side of the sample; larger ones are made smaller")
     size: int = Param(128, ge=8, le=2048, description="side of the texture that is made")

@@ -36,7 +36,7 @@ from harness_style.neural_texture import correlation_length
 from harness_style.pictures import framed, recoloured, unframed
 from harness_style.super_resolution import degraded, tiled
 from harness_style.tsvq import Exhaustive, Tree
-from harness_style.wei_levoy import _neighbourhoods, causal, synthesise
+from harness_style.wei_levoy import _continued, _neighbourhoods, causal, synthesise
 from harness_style.wei_levoy_texture import seam
 from harness_synthesis.feature_inversion import signal_to_noise, similarity
 
@@ -361,6 +361,30 @@ def test_for_the_same_surroundings_comparing_with_all_is_best_and_the_tree_not_f
         np.mean([np.square(vectors[finder.nearest(q)] - q).sum() for q in queries[::9]]) for finder in (Exhaustive(vectors), Tree(vectors))
     ]
     assert costs[0] <= costs[1] <= 1.5 * costs[0]
+
+
+def test_what_continues_a_match_stands_to_it_as_the_pixel_to_its_neighbour():
+    near, shape = causal(5), (20, 17)
+    places, _ = _neighbourhoods(sample_of("gravel", 20)[:, :17], None, near, [])
+    beside, onward = _continued(near, places, shape)
+    assert [near[k] for k in beside] == [(-1, -1), (-1, 0), (-1, 1), (0, -1)]
+    for b, k in enumerate(beside):
+        known = onward[:, b] >= 0
+        assert known.any() and not known.all()
+        one, other = (np.stack(np.divmod(p, shape[1]), 1) for p in (places[known], places[onward[known, b]]))
+        assert (one - other == near[k]).all()
+        beyond = np.stack(np.divmod(places[~known], shape[1]), 1) - near[k]
+        held = {tuple(p) for p in np.stack(np.divmod(places, shape[1]), 1).tolist()}
+        assert not held & {tuple(p) for p in beyond.tolist()}
+
+
+def test_what_continues_a_match_brings_the_tree_near_to_comparing_with_all():
+    """Without it they are a third apart, over three seeds 1.31 to 1.39; with it 0.98 to 1.07."""
+    for name in ("gravel", "grass"):
+        costs = [
+            synthesise(sample_of(name, 96), 96, 96, size=9, search=s, random=np.random.default_rng(0)).cost for s in ("tsvq", "exhaustive")
+        ]
+        assert costs[0] <= 1.2 * costs[1]
 
 
 def test_a_constant_sample_stays_constant_and_a_texture_tiles():
