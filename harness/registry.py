@@ -190,12 +190,33 @@ class StylerRecipe(_Entry):
     style_size: Annotated[int, Field(ge=32)] = 256
     content_weight: Annotated[float, Field(ge=0)] = 1.0
     style_weight: Annotated[float, Field(ge=0)] = 30.0
+    style_shares: list[Annotated[float, Field(ge=0)]] = []  # how much of it each style gets; none: all of it
     tv_weight: Annotated[float, Field(ge=0)] = 0.3
     width: Positive = 32
     blocks: Positive = 5
     norm: Literal["instance", "batch"] = "instance"
     base: str = ""  # a styler that learns further styles: their rows of its norms alone
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StylerRecipe:
+        if self.style_shares and len(self.style_shares) != len(self.styles):
+            raise ValueError(f"{len(self.style_shares)} style_shares for {len(self.styles)} styles")
+        return self
+
+    def one(self, style: int) -> StylerRecipe:
+        """The recipe of one of its styles alone."""
+        share = self.style_shares[style] if self.style_shares else 1.0
+        found = self.model_copy(
+            update={
+                "styles": [self.styles[style]],
+                "style_names": self.style_names[style : style + 1],
+                "style_weight": self.style_weight * share,
+                "style_shares": [],
+            }
+        )
+        found._where, found._folder = self._where, self._folder
+        return found
 
 
 AnyRecipe = RecipeEntry | GeneratorRecipe | StylerRecipe

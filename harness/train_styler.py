@@ -42,10 +42,12 @@ class Task:
     content_layer: str
     targets: Mapping[str, Tensor]  # {layer: (styles, C, C)} Gram matrices
     weights: tuple[float, float, float]  # of content, style and variation
+    shares: Tensor  # (styles,) how much of its weight each style gets
     styles: str = ""  # what identifies the styles' pictures
 
     def losses(self, made: Tensor, contents: Tensor, styles: Tensor) -> dict[str, Tensor]:
-        """Mean relative errors of pictures made of `contents` in `styles` (N,), and 100 times the mean squared step between neighbours."""
+        """Mean relative errors of pictures made of `contents` in `styles` (N,), of styles by their shares, and 100 times the mean squared
+        step between neighbours."""
         with torch.no_grad():
             features = self.encoder.activations(contents, [self.content_layer])[self.content_layer]
         targets = {layer: table[styles] for layer, table in self.targets.items()}
@@ -55,7 +57,7 @@ class Task:
         both = Objective(layers, lambda outputs, x: torch.stack([content.score(outputs, x), style.score(outputs, x)]))
         found = evaluate(self.encoder, both, made, made)
         variation = total_variation().score({}, made) * (100 / made[0].numel())
-        return {"content": found[0].mean(), "style": found[1].mean(), "variation": variation.mean()}
+        return {"content": found[0].mean(), "style": (found[1] * self.shares[styles]).mean(), "variation": variation.mean()}
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         found: Tensor = sum(
@@ -79,7 +81,8 @@ def task_of(recipe: StylerRecipe, registry: Registry, device: str, encoder: Load
                 tables[layer].append(gram(found[layer])[0])
     targets = {layer: torch.stack(rows) for layer, rows in tables.items()}
     weights = recipe.content_weight, recipe.style_weight, recipe.tv_weight
-    return Task(encoder, encoder.full_name(recipe.content_layer), targets, weights, seen.hexdigest())
+    shares = torch.tensor(recipe.style_shares or [1.0] * len(recipe.styles), device=encoder.device, dtype=encoder.dtype)
+    return Task(encoder, encoder.full_name(recipe.content_layer), targets, weights, shares, seen.hexdigest())
 
 
 def crops(data: Dataset, count: int, size: int, channels: int, device: torch.device, seed: int = 0, start: int = 0) -> Iterator[Tensor]:

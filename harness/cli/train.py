@@ -72,7 +72,8 @@ def command(
     if (encoder or layer) and kind == "generator":
         changed["compare"] = ""
     if style:
-        changed["styles"], changed["style_names"] = [absolute(s) for s in changed.pop("style")], []
+        changed["styles"] = [absolute(s) for s in changed.pop("style")]
+        changed["style_names"], changed["style_shares"] = [], []
     name = name or recipe
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: a name has letters, digits, '_', '.' and '-'")

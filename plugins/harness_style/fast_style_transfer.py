@@ -50,6 +50,7 @@ class FastStyleTransfer(Technique):
     styler: str = Param(DEFAULT, description="a styler of the registry")
     style: int = Param(0, ge=0, description="which of its styles, where it has several")
     steps: int = Param(200, ge=0, le=100_000, description="steps of the slow descent; 0: none")
+    start: Literal["content", "noise"] = Param("content", description="where the slow descent begins; the paper's: noise")
     size: int = Param(256, ge=16, le=8192, description="longer side of the pictures")
     compare: Literal["none", "norm", "loss"] = Param("none", description="also train two small networks: norm, or loss")
     train_steps: int = Param(300, ge=1, le=1_000_000, description="compare: training steps of each")
@@ -95,7 +96,7 @@ class FastStyleTransfer(Technique):
                 finals["fast"].append(loss)
                 if self.steps:
                     begun = time.perf_counter()
-                    slow = descend(ctx, task, content, self.steps, name).clamp(0, 1)
+                    slow = descend(ctx, task, content, self.steps, name, self.start == "noise").clamp(0, 1)
                     synchronise(ctx.device)
                     took = time.perf_counter() - begun
                     final = float(task.total(task.losses(slow, content, torch.zeros(1, dtype=torch.int64, device=ctx.device))))
@@ -136,11 +137,9 @@ class FastStyleTransfer(Technique):
         from harness.stylers import TransformNet
         from harness.train_styler import crops, fit
 
-        small = recipe.model_copy(
-            update={"width": 8, "blocks": 3, "crop": 96, "batch_size": 4}
-            | {"steps": self.train_steps, "styles": recipe.styles[:1], "seed": ctx.seed}
+        small = recipe.one(self.style).model_copy(
+            update={"width": 8, "blocks": 3, "crop": 96, "batch_size": 4, "steps": self.train_steps, "seed": ctx.seed}
         )
-        small._where, small._folder = recipe.where, recipe.folder
         lines: dict[str, Any] = {}
         every = range(len(ctx.dataset))
         apart = len(every) >= 5
@@ -190,13 +189,11 @@ def style_task(ctx: Context, recipe: StylerRecipe, style: int) -> tuple[Task, Im
     """The loss of a styler's recipe for one of its styles, with the context's model as encoder, and the style's picture."""
     from harness.train_styler import task_of
 
-    one = recipe.model_copy(update={"styles": [recipe.styles[style]], "style_names": []})
-    one._where, one._folder = recipe.where, recipe.folder
-    return task_of(one, ctx.registry, ctx.device.type, ctx.model), ctx.named_picture(recipe.styles[style], recipe.folder)
+    return task_of(recipe.one(style), ctx.registry, ctx.device.type, ctx.model), ctx.named_picture(recipe.styles[style], recipe.folder)
 
 
-def descend(ctx: Context, task: Task, content: Tensor, steps: int, name: str) -> Tensor:
-    """The slow way with a styler's own loss, from the content picture, by L-BFGS."""
+def descend(ctx: Context, task: Task, content: Tensor, steps: int, name: str, noise: bool = False) -> Tensor:
+    """The slow way with a styler's own loss, from the content picture or from noise, by L-BFGS."""
     import torch
 
     from harness import optimise as o
@@ -207,9 +204,10 @@ def descend(ctx: Context, task: Task, content: Tensor, steps: int, name: str) ->
     alpha, beta, gamma = task.weights
     objective = -alpha * o.content_error(task.content_layer, features) - beta * o.style_error(targets)
     objective = objective - (100 * gamma / content[0].numel()) * o.total_variation()
+    draws = ctx.draws([name])
     made = o.ascend(
-        ctx.model, objective, content, steps=steps, step_size=5 / 255, rule="lbfgs", draws=ctx.draws([name]), operators=[o.Clamp()],
-        progress=ctx.report,
+        ctx.model, objective, draws.rand(content.shape[1:]) if noise else content, steps=steps, step_size=5 / 255, rule="lbfgs",
+        draws=draws, operators=[o.Clamp()], progress=ctx.report,
     )  # fmt: skip
     return made.images
 

@@ -594,6 +594,26 @@ def test_training_lowers_the_loss_and_a_new_style_touches_its_own_rows_alone(reg
     assert not any(torch.equal(a, b) for a, b in zip(new.module.row(2), mean, strict=True))  # began there, and learnt
 
 
+def test_a_style_that_drowns_the_content_gets_a_share_of_the_weight(registry, tmp_path):
+    from harness.registry import load_registry
+
+    half = recipe(styles=[IHC, BRICK], style_shares=[1.0, 0.25])
+    whole, less, alone = (trainer.task_of(r, registry, "cpu") for r in (recipe(styles=[IHC, BRICK]), half, half.one(1)))
+    x, y = torch.rand((2, 2, 3, 48, 48), generator=torch.Generator().manual_seed(0))
+    style = torch.tensor([1, 1])
+    full, part = whole.losses(x, y, style), less.losses(x, y, style)
+    assert part["style"].item() == pytest.approx(full["style"].item() / 4, rel=1e-5)
+    assert torch.equal(whole.losses(x, y, style * 0)["style"], less.losses(x, y, style * 0)["style"])
+    assert alone.total(alone.losses(x, y, style * 0)).item() == pytest.approx(less.total(part).item(), rel=1e-5)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(
+        "styler_recipes:\n  a: {encoder: squeezenet1_1, content_layer: features.6, style_layers: [features.1], dataset: photos, steps: 1,\n"
+        f"    styles: ['{IHC}'], style_shares: [1, 2]}}\n"
+    )
+    with pytest.raises(HarnessError, match=r"wrong.yaml:2.*2 style_shares for 1 styles"):
+        load_registry([wrong])
+
+
 def test_batch_norm_learns_no_further_style(registry, tmp_path):
     from harness.registry import load_registry
 
