@@ -7,15 +7,15 @@ import numpy as np
 from harness import ConfigError, EveryMap, Heatmaps, Images, Metric, NotApplicable, Paper, Param, Result, TargetSpec, Technique
 
 from .measures import captions
-from .regions import layers_of, marked, regions, takes_twice
 from .saliency import TARGET
+from .spreading import layers_of, likely, takes_twice
 
 if TYPE_CHECKING:
     from harness import Context
 
 BACKGROUND, FOREGROUND, MAYBE_BACKGROUND, MAYBE_FOREGROUND = range(4)  # OpenCV's names for them: GC_BGD, GC_FGD, ...
 OUTLINE = (1.0, 0.15, 0.1)
-CORE, REACH = 0.027, 0.054  # of the shorter side: how far inside of a region's edge its object is sure, how far outside the background
+SURE = 0.35  # how far from the threshold towards the most and the least, beyond which a place is sure to be the object's, or background
 HOLE = 0.15
 
 
@@ -24,18 +24,18 @@ class GrabcutSegmentation(Technique):
     object's and others for background, and a colour model with a graph cut decides the rest
     (Simonyan et al. 2013, arXiv:1312.6034, sec. 3.2; GrabCut: Rother et al. 2004, doi:10.1145/1015706.1015720).
 
-    A map marks what the model looks at, of a dog the head. So the picture is first parted into regions that hang together for the network
-    and in colour (after Melas-Kyriazi et al. 2022, arXiv:2205.07839); those that the map marks as wholes start as the object's. Seeds are
-    the pixels at or above the 95 % quantile of a map, smoothed first, within these regions, and their inner parts that are not dark in it;
-    of several techniques' maps the geometric mean. Background is what lies apart from the regions. `regions=none` is the paper's own way:
-    seeds at or above the 95 % and at or below the 30 % quantile. Pieces of the cut without a seed of the object are dropped and holes
+    A map marks what the model looks at, of a dog the head. So the map, smoothed first, of several techniques' maps the geometric mean,
+    spreads to places that are alike for the network and in colour (Zhou et al. 2004; as class maps do in Ahn & Kwak 2018,
+    arXiv:1803.10464), and against it spreads the border of the picture, where the map is dark. Otsu's threshold parts what has more to do
+    with the one from what has with the other, and what is far from it is a seed. `spread=none` is the paper's own way: seeds are the pixels
+    at or above the 95 % and at or below the 30 % quantile of the map. Pieces of the cut without a seed of the object are dropped and holes
     filled. Where the dataset has masks of the objects, the overlap is measured. Cost: the maps', one forward pass of twice the sides, and
-    the regions and the cut on the CPU.
+    the spreading and the cut on the CPU.
     """
 
     name = "grabcut_segmentation"
     family = "saliency"
-    version = 3
+    version = 4
     paper = Paper("Simonyan, Vedaldi, Zisserman", 2013, "Deep Inside Convolutional Networks", arxiv="1312.6034")
     needs = frozenset({"images"})
     reading = (
@@ -43,7 +43,7 @@ class GrabcutSegmentation(Technique):
         "rest is decided by colour."
     )
     caveats = (
-        "Neither regions nor the cut know objects: where object and background are alike it leaks, and what the object touches it may "
+        "Neither the spreading nor the cut knows objects: where object and background are alike it leaks, and it may take along what the "
         "take along. It is a help for annotation, not a segmentation to rely on."
     )
     audit = {"full": {}}
@@ -54,13 +54,13 @@ class GrabcutSegmentation(Technique):
         min_length=1,
         description="techniques whose maps give the seeds; of several the geometric mean",
     )
-    regions: Literal["spectral", "none"] = Param("spectral", description="spectral: regions that the map marks start as the object's")
-    pieces: int = Param(8, ge=2, le=64, description="how many regions a picture is parted into")
-    share: float = Param(0.4, gt=0, lt=1, description="of the strongest region's mean, above which a region is marked")
+    spread: Literal["alike", "none"] = Param("alike", description="alike: the map spreads to what the network takes for alike")
     smooth: float = Param(0.05, ge=0, le=0.5, description="Gaussian blur of the map before, as a share of the picture's shorter side")
-    foreground: float = Param(0.95, gt=0, lt=1, description="quantile of the map from which on a pixel is taken for the object")
-    background: float = Param(0.30, gt=0, lt=1, description="without regions: quantile up to which it is taken for background")
-    lean: float = Param(0.6, gt=0, lt=1, description="without regions: quantile above which what is open starts as likely the object's")
+    foreground: float = Param(
+        0.95, gt=0, lt=1, description="without spreading: quantile of the map from which on a pixel is taken for the object"
+    )
+    background: float = Param(0.30, gt=0, lt=1, description="without spreading: quantile up to which it is taken for background")
+    lean: float = Param(0.6, gt=0, lt=1, description="without spreading: quantile above which what is open starts as likely the object's")
     iterations: int = Param(5, ge=1, le=100, description="rounds of colour model and cut")
     seeds: Literal["sure", "likely"] = Param("sure", description="sure: seeds stay what they are; likely: the cut may change them")
 
@@ -76,20 +76,16 @@ class GrabcutSegmentation(Technique):
         pixels = (ctx.images.cpu().float().numpy().transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
         pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
         trimaps, cuts, notes = [], [], []
-        by_regions = self.regions == "spectral" and bool(layers_of(ctx.model))
-        twice = by_regions and takes_twice(ctx.model)
-        if self.regions == "spectral" and not by_regions:
-            notes.append(f"{ctx.model.name} has no layers with maps to part pictures by; seeds are quantiles of the map alone")
+        spreads = self.spread == "alike" and bool(layers_of(ctx.model))
+        twice = spreads and takes_twice(ctx.model)
+        if self.spread == "alike" and not spreads:
+            notes.append(f"{ctx.model.name} has no layers with maps that say what is alike; seeds are quantiles of the map alone")
         for i, (name, values, picture) in enumerate(zip(ctx.ids, maps, pixels, strict=True)):
             seeds = self.trimap(values)
-            if by_regions and (seeds == FOREGROUND).any():
-                seeds = self.within(values, marked(regions(ctx.model, ctx.images[i : i + 1], self.pieces, twice), values, self.share))
+            if spreads and (seeds == FOREGROUND).any():
+                seeds = sides(likely(ctx.model, ctx.images[i : i + 1], values, twice))
             ctx.report("pictures", i + 1, len(ctx.ids))
-            outside = (seeds == BACKGROUND) | (seeds == MAYBE_BACKGROUND) & by_regions
-            if by_regions and (seeds == FOREGROUND).any() and not outside.any():
-                notes.append(f"{name}: all of the picture is marked")
-                cuts.append(np.ones(values.shape, dtype=bool))
-            elif not (seeds == FOREGROUND).any() or not outside.any():
+            if not (seeds == FOREGROUND).any() or not (seeds == BACKGROUND).any():
                 notes.append(f"{name}: the map is too flat for seeds of both kinds; nothing is cut out")
                 cuts.append(np.zeros(values.shape, dtype=bool))
             else:
@@ -122,23 +118,6 @@ class GrabcutSegmentation(Technique):
         seeds = np.where(values > lean, MAYBE_FOREGROUND, MAYBE_BACKGROUND).astype(np.uint8)
         if high > low:
             seeds[values >= high], seeds[values <= low] = FOREGROUND, BACKGROUND
-        return seeds
-
-    def within(self, values: np.ndarray, inside: np.ndarray) -> np.ndarray:
-        """uint8 (H, W) of OpenCV's labels from a map and how much of each pixel lies in the regions it marks: the object's are the
-        brightest pixels in there and what is well inside and not dark, background what is well outside."""
-        import cv2
-
-        short = min(values.shape)
-        core, reach = (np.ones((2 * round(short * share) + 1,) * 2, np.uint8) for share in (CORE, REACH))
-        area = (inside > 0.5).astype(np.uint8)
-        middle, high = np.quantile(values, [0.7, self.foreground])
-        seeds = np.where(area > 0, MAYBE_FOREGROUND, MAYBE_BACKGROUND).astype(np.uint8)
-        seeds[(cv2.erode(area, core) > 0) & (values > middle)] = FOREGROUND
-        seeds[(area > 0) & (values >= high)] = FOREGROUND
-        seeds[cv2.dilate(area, reach) == 0] = BACKGROUND
-        if not (seeds == FOREGROUND).any():
-            seeds[values >= high] = FOREGROUND
         return seeds
 
     def cut(self, picture: np.ndarray, seeds: np.ndarray) -> np.ndarray:
@@ -192,6 +171,23 @@ class GrabcutSegmentation(Technique):
                     ),
                 )  # fmt: skip
         return Result(artifacts, metrics, notes)
+
+
+def sides(values: np.ndarray) -> np.ndarray:
+    """uint8 (H, W) of OpenCV's labels by Otsu's threshold of values (H, W), which are sure far from it and open near it.
+
+    Values that are the same everywhere have no seeds.
+    """
+    from skimage.filters import threshold_otsu
+
+    low, high = values.min(), values.max()
+    if not low < high:
+        return np.full(values.shape, MAYBE_BACKGROUND, np.uint8)
+    middle = threshold_otsu(values)
+    seeds = np.where(values > middle, MAYBE_FOREGROUND, MAYBE_BACKGROUND).astype(np.uint8)
+    seeds[values > middle + SURE * (high - middle)] = FOREGROUND
+    seeds[values < middle - SURE * (middle - low)] = BACKGROUND
+    return seeds
 
 
 def without_holes(mask: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ from harness.models import LoadedModel
 from harness.registry import InputSpec
 from harness.technique import Used
 from harness_saliency import GrabcutSegmentation, Saliency
-from harness_saliency.grabcut_segmentation import BACKGROUND, FOREGROUND, iou, without_holes
-from harness_saliency.regions import alike, leading, marked, regions
+from harness_saliency.grabcut_segmentation import BACKGROUND, FOREGROUND, iou, sides, without_holes
+from harness_saliency.spreading import alike, likely, spread
 
 
 def square_on_noise(side=64):
@@ -123,58 +123,43 @@ def small_network(side=64):
     return LoadedModel(nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)), InputSpec(size=side), "small")
 
 
-def test_regions_are_what_hangs_together_and_the_same_each_time():
+def test_spreading_is_the_limit_of_passing_on():
+    random = np.random.default_rng(0)
+    likeness = random.random((30, 30))
+    likeness += likeness.T
+    values = random.random((2, 30))
+    root = np.sqrt(likeness.sum(1))
+    passing = likeness / root[:, None] / root[None]
+    found = values.copy()
+    for _ in range(400):
+        found = 0.9 * found @ passing + 0.1 * values
+    np.testing.assert_allclose(spread(likeness, values, kept=0.9), found, atol=1e-12)
+    np.testing.assert_allclose(spread(np.eye(5), values[:, :5]), values[:, :5], atol=1e-12)  # no place has to do with another
+
+
+def test_a_map_spreads_over_what_is_alike_and_the_same_each_time():
     picture, mask = halves()
     model = small_network()
     image = to_images(picture[None], model.device)
-    first, second = (regions(model, image, 4) for _ in range(2))
+    y, x = np.mgrid[:64, :64]
+    spot = np.exp(-((y - 24.0) ** 2 + (x - 18.0) ** 2) / 40)  # in the disc, off its middle
+    first, second = (likely(model, image, spot) for _ in range(2))
     assert np.array_equal(first, second)
-    assert first.shape == (56, 56) and set(np.unique(first)) <= set(range(4))
-    disc = cv2.resize(mask.astype(np.float32), (56, 56), interpolation=cv2.INTER_AREA)
-    inside, outside = disc > 0.95, disc < 0.05
-    mixed = [k for k in range(4) if min((first == k)[inside].sum(), (first == k)[outside].sum()) > 0.02 * inside.sum()]
-    assert not mixed
+    assert first.shape == (64, 64) and np.abs(first).max() <= 1
+    inner = cv2.erode(mask.astype(np.uint8), np.ones((5, 5))) > 0
+    outer = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5))) == 0
+    assert first[inner].min() > first[outer].max()
+    assert spot[inner].min() < spot[outer].max()  # which the map alone does not say
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 8, 30])
-def test_regions_of_small_pictures_and_of_one_colour(side):
+def test_spreading_in_small_pictures_and_in_one_colour(side):
     model = small_network(side)
-    grey = torch.full((1, 3, side, side), 0.5)
-    first, second = (regions(model, grey, 12) for _ in range(2))
-    assert first.shape == (side, side)
-    assert first.min() >= 0 and first.max() < 12
-    assert np.array_equal(first, second)
     drawn = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
-    assert len(np.unique(regions(model, drawn, 64))) <= min(64, side * side)
-
-
-def test_leading_vectors_are_numpys():
-    random = np.random.default_rng(0)
-    for n in (20, 420):  # by either way
-        matrix = random.random((n, n))
-        matrix += matrix.T
-        vectors = np.linalg.eigh(matrix)[1]
-        found = leading(matrix, 3)
-        np.testing.assert_allclose(np.abs((found * vectors[:, ::-1][:, :3]).sum(0)), 1, atol=1e-8)
-
-
-def test_a_rim_too_narrow_for_seeds_is_left_to_the_colours(monkeypatch):
-    """All but two columns are marked: nothing lies far outside, but that is not to say that all of the picture is the object."""
-    from harness_saliency import grabcut_segmentation as module
-
-    picture, mask = halves()
-    picture[:, 62:] = 250
-    ctx = with_map(picture, mask + 0.1 * np.random.default_rng(0).random(mask.shape))
-    ctx.model = small_network()
-    inside = np.ones((64, 64), np.float32)
-    inside[:, 62:] = 0
-    monkeypatch.setattr(module, "marked", lambda *_: inside)
-    result = GrabcutSegmentation(smooth=0.0).run(ctx)
-    assert not any("all of the picture" in note for note in result.notes)
-    assert not next(a for a in result.artifacts if a.name == "mask").data[0][:, 62:].any()
-    monkeypatch.setattr(module, "marked", lambda *_: np.ones((64, 64), np.float32))
-    result = GrabcutSegmentation(smooth=0.0).run(ctx)
-    assert any("all of the picture" in note for note in result.notes)
+    strength = np.random.default_rng(0).random((side, side))
+    for image in (torch.full((1, 3, side, side), 0.5), drawn):
+        found = likely(model, image, strength)
+        assert found.shape == (side, side) and np.isfinite(found).all()
 
 
 def test_likeness_is_symmetric_and_every_place_has_some():
@@ -186,30 +171,15 @@ def test_likeness_is_symmetric_and_every_place_has_some():
     assert likeness.min() >= 0 and (likeness.sum(1) >= 1).all()
 
 
-def test_regions_that_a_map_marks_as_wholes_are_taken_and_the_border_counts_less():
-    groups = np.zeros((28, 28), int)
-    groups[8:20, 8:20], groups[8:20, 20:24], groups[:, 26:] = 1, 2, 3
-    strength = np.zeros((56, 56))
-    strength[16:40, 16:40], strength[16:40, 40:48], strength[:, 52:] = 1.0, 0.5, 0.5
-    found = marked(groups, strength, 0.4, edge=0.4) > 0.5
-    assert found[20:36, 20:46].all()
-    assert not found[:, 53:].any()  # a quarter of the border: 0.5 becomes 0.3
-    assert (marked(groups, strength, 0.4, edge=0.0) > 0.5)[:, 53:].all()
-    assert not (marked(groups, strength, 0.6, edge=0.4) > 0.5)[20:36, 42:46].any()
-
-
-def test_seeds_within_regions():
-    values = np.zeros((100, 100))
-    values[30:70, 30:70] = np.linspace(1, 2, 1600).reshape(40, 40)
-    inside = np.zeros((100, 100))
-    inside[25:75, 25:75] = 1.0
-    inside[25:75, 60:75] = 0.0  # where the map is bright as well
-    seeds = GrabcutSegmentation().within(values, inside)
-    high, middle = np.quantile(values, [0.95, 0.7])
-    assert (seeds[28:72, 28:57] == FOREGROUND)[values[28:72, 28:57] > middle].all()
-    assert set(np.unique(seeds[25:75, 60:65])) <= {2}  # not far outside: perhaps background
-    assert (seeds[:, 70:] == BACKGROUND).all() and (seeds[:15] == BACKGROUND).all()
-    assert not (seeds[(values >= high) & (inside == 0)] == FOREGROUND).any()
+def test_sides_are_sure_far_from_the_threshold_alone():
+    random = np.random.default_rng(0)
+    values = np.concatenate([random.normal(-0.5, 0.2, 5000), random.normal(0.5, 0.2, 5000)]).clip(-1, 1).reshape(100, 100)
+    seeds = sides(values)  # the threshold lies about 0
+    assert (seeds[values < -0.45] == BACKGROUND).all() and (seeds[values > 0.45] == FOREGROUND).all()
+    near = np.abs(values) < 0.25
+    assert set(np.unique(seeds[near])) == {2, 3}
+    assert (seeds[near & (values > 0.1)] == 3).all() and (seeds[near & (values < -0.1)] == 2).all()
+    assert (sides(np.full((4, 4), 0.3)) == 2).all()
 
 
 def test_holes_are_filled_and_openings_are_not():
@@ -224,7 +194,7 @@ def test_holes_are_filled_and_openings_are_not():
     assert not without_holes(large)[16:30, 16:30].any()
 
 
-def test_a_map_that_marks_one_spot_cuts_the_whole_disc_out_by_its_region():
+def test_a_map_that_marks_one_spot_cuts_the_whole_disc_out():
     picture, mask = halves()
     y, x = np.mgrid[:64, :64]
     spot = np.exp(-((y - 24.0) ** 2 + (x - 18.0) ** 2) / 40)  # in the disc, off its middle
