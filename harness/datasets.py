@@ -244,7 +244,8 @@ def image_folder(rest: str, name: str, entry: DatasetEntry) -> Dataset:
     root = root if root.is_absolute() else entry.folder / root
     if not root.is_dir():
         raise DataError(f"{entry.where}: dataset {name!r}: there is no folder {root}")
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+    every = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = [p for p in every if not any(part.startswith(".") for part in p.relative_to(root).parts)]
     if not paths:
         raise DataError(f"dataset {name!r}: no pictures in {root} (looked for {', '.join(sorted(SUFFIXES))})")
     groups = [p.relative_to(root).parts[0] if p.parent != root else "" for p in paths]

@@ -100,7 +100,7 @@ class _File(BaseModel):
     models: Annotated[list[str], Field(min_length=1)]
     datasets: list[str] = []
     techniques: Annotated[list[str | dict[str, dict[str, Any] | None]], Field(min_length=1)]
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     limit: Count | None = None
     select: list[int] | None = None
     device: str = "auto"
@@ -177,7 +177,14 @@ def load_experiment(path: Path, plugins: Plugins, **override: Any) -> Experiment
         techniques.append((name, params))
     if problems:
         raise RegistryError("\n".join(dict.fromkeys(problems)))
-    common = {"limit": file.limit, "select": file.select, "device": file.device, "precision": file.precision, "max_batch": file.max_batch}
+    common: dict[str, Any] = {
+        "limit": file.limit,
+        "select": file.select,
+        "device": file.device,
+        "precision": file.precision,
+        "max_batch": file.max_batch,
+    }
     common |= {k: v for k, v in override.items() if v is not None}
-    runs = expand(plugins, file.models, file.datasets, techniques, file.seeds, **common)
+    seeds = [common.pop("seed")] if "seed" in common else file.seeds
+    runs = expand(plugins, file.models, file.datasets, techniques, seeds, **common)
     return Experiment(file.name, runs, file.title or file.name, shlex.join(["harness", "run", str(path)]))

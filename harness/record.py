@@ -308,6 +308,9 @@ class Spool:
             if folder not in _HELD:
                 if not _lock(folder):
                     continue
+                if not folder.is_dir():  # its owner has sent all and removed it meanwhile
+                    self._let_go(folder)
+                    continue
                 for half in folder.glob(".writing-*"):
                     shutil.rmtree(half, ignore_errors=True)
             mine.append(folder)
@@ -319,6 +322,10 @@ class Spool:
             owner.rmdir()
         except OSError:
             return  # not empty
+        self._let_go(owner)
+
+    @staticmethod
+    def _let_go(owner: Path) -> None:
         handle = _HELD.pop(owner, None)
         owner.with_suffix(".lock").unlink(missing_ok=True)
         if handle is not None:

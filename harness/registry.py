@@ -251,7 +251,7 @@ class Registry:
         if base not in self.models:
             raise unknown("model", base, self.models, "`harness models`")
         entry = self.models[base]
-        if not variant:
+        if name == base:
             return entry
         match = re.fullmatch(r"random(?::(\d+))?", variant)
         if not match:
@@ -268,6 +268,8 @@ class Registry:
         if os.sep in name or name in (".", "..") or Path(name).is_dir():
             if not Path(name).is_dir():
                 raise ConfigError(f"dataset {name!r}: there is no such folder")
+            if any("\ud800" <= letter <= "\udfff" for letter in name):  # records are UTF-8
+                raise ConfigError(f"dataset {name!r}: the folder's name is not UTF-8; rename it, or make a link to it")
             entry = DatasetEntry(source=f"folder:{Path(name).resolve()}", description="a folder of images")
             entry._where = name
             return entry

@@ -123,6 +123,7 @@ class Runner:
         self._selected: dict[tuple[Any, ...], Dataset] = {}
         self._hashes: dict[str, str] = {}
         self._further_hashes: dict[tuple[str, str], str] = {}
+        self._obtained: set[str] = set()  # keys that this runner has computed or found
         self._model: tuple[tuple[str, str], LoadedModel] | None = None
 
     # -- planning ----------------------------------------------------------------------------------------------------
@@ -151,7 +152,9 @@ class Runner:
             "convert": entry.convert,
             # A user's own code may change without its name changing.
             "code": [code_hash(reference, entry.folder) for reference in (entry.builder, entry.convert, getattr(technique, "target", ""))],
-            "dataset": dataset.fingerprint if dataset else None,
+            "dataset": _data(dataset) if dataset else None,
+            # A record says what a model and a dataset are called, so that a report can name them and give the command.
+            "names": [spec.model, spec.dataset],
             "seed": spec.seed,
             "device": device_kind(spec.device).partition(":")[0],
             "precision": spec.precision,
@@ -178,7 +181,7 @@ class Runner:
             code = [code_hash(reference, entry.folder) for reference in (entry.builder, entry.convert)]
             facts = entry.model_dump(mode="json", exclude={"description", "license", "source_url", "file", "recipe", "weights", "sha256"})
             found.append([kind, name, facts, code, self._further_hashes[kind, name]])
-        found += [["dataset", name, self._dataset(name).fingerprint] for name in wanted.datasets]
+        found += [["dataset", name, *_data(self._dataset(name))] for name in wanted.datasets]
         found += [self._picture(technique.name, name) for name in wanted.pictures]
         for _, name, entry in stylers:  # the losses by which its pictures are judged
             recipe = self.registry.styler_recipes.get(entry.recipe)
@@ -206,7 +209,7 @@ class Runner:
     def _select(self, spec: RunSpec, cls: type[Technique]) -> Dataset:
         assert spec.dataset is not None
         limit = spec.limit
-        if limit is None and spec.select is None and "dataset" not in cls.needs:
+        if limit is None and spec.select is None and ("dataset" not in cls.needs or cls.per_picture):
             limit = PICTURES
         choice = (spec.dataset, limit, tuple(spec.select or ()))
         if choice not in self._selected:
@@ -275,8 +278,8 @@ class Runner:
         return Outcome(spec, self.session.done[key], "computed")
 
     def find(self, key: str) -> StoredRun | None:
-        """A run of that key from this session, the spool or the store."""
-        if key in self.session.done:
+        """A run of that key that this runner has obtained, or a finished one from the spool or the store."""
+        if key in self._obtained:
             return self.session.done[key]
         found: StoredRun | None = self.session.spool.find(key)
         if found is None and not self.session.offline:
@@ -305,14 +308,17 @@ class Runner:
         return outcome
 
     def _obtain(self, plan: Planned, number: int, total: int) -> Outcome:
-        if self.use_cache or plan.key in self.session.done:
+        if self.use_cache or plan.key in self._obtained:
             found = self.find(plan.key)
             if found is not None:
                 self.session.done[plan.key] = found
+                self._obtained.add(plan.key)
                 return Outcome(plan.spec, found, "reused")
         used = {use.label: self._obtain(planned, number, total) for use, planned in plan.uses}
         lost = [use.label for use, _ in plan.uses if use.optional and used[use.label].failed]
-        if lost:  # what is made without them must not be taken for the whole another time
+        # What is made without them, or of what was made without others, must not be taken for the whole another time.
+        lost += [used[use.label].run.record.key for use, planned in plan.uses if used[use.label].run.record.key != planned.key]
+        if lost:
             plan = replace(plan, key=hashlib.sha256("\0".join((plan.key, *lost)).encode()).hexdigest())
         self._tell("harness_run_started", spec=plan.spec, key=plan.key)
 
@@ -332,6 +338,7 @@ class Runner:
             )
             run = self.session.spool.write(record.model_copy(update={"status": "failed", "metrics": [], "notes": [], "error": fault}), ())
         self.session.done[plan.key] = run
+        self._obtained.add(plan.key)
         self._tell("harness_run_finished", spec=plan.spec, run=run)
         return Outcome(plan.spec, self.session.done[plan.key], "computed")
 
@@ -490,7 +497,7 @@ class Runner:
         if plan.dataset is None or plan.spec.dataset is None:
             return None
         entry = self.registry.dataset(plan.spec.dataset)
-        per_picture = "images" in plan.technique.needs
+        per_picture = "images" in plan.technique.needs or plan.technique.per_picture
         return DatasetFacts(
             name=plan.spec.dataset,
             fingerprint=plan.dataset.fingerprint,
@@ -499,6 +506,11 @@ class Runner:
             license=entry.license,
             source=entry.source.partition(":")[0],
         )
+
+
+def _data(dataset: Dataset) -> list[Any]:
+    """What identifies a dataset: its pictures, and what its labels are called."""
+    return [dataset.fingerprint, list(dataset.classes), dataset.names_are_indices]
 
 
 def _reason(record: Record) -> str:
@@ -565,9 +577,10 @@ def check_needs(technique: Technique, ctx: Any) -> None:
 
 
 def code_hash(reference: Any, folder: Path) -> str:
-    """sha256 of the source file behind 'file.py:Name' or 'package.module:name'; empty where there is none.
+    """sha256 of the source behind 'file.py:Name', or of all of the package behind 'package.module:name'; empty where there is none.
 
-    What comes with torchvision is told by its version in the record, and a plugin's code by its technique's version.
+    What comes with torchvision is told by its version in the record, and a plugin's code by its technique's version. Of what a single
+    file imports nothing is known here.
     """
     if not isinstance(reference, str) or reference.startswith(("torchvision:", "layer:", "channel:", "neuron:")):
         return ""
@@ -582,7 +595,20 @@ def code_hash(reference: Any, folder: Path) -> str:
         except (ImportError, ValueError, AttributeError):
             return ""
         path = Path(spec.origin) if spec and spec.origin else None
+        package = where.partition(".")[0]
+        whole = find_spec(package) if package not in ("harness", "torchvision") else None
+        if whole is not None and whole.submodule_search_locations:
+            return _sources_hash([Path(place) for place in whole.submodule_search_locations])
     return sha256_file(path) if path is not None and path.is_file() else ""
+
+
+def _sources_hash(folders: Sequence[Path]) -> str:
+    """sha256 over the names and the bytes of a package's Python files."""
+    total = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            total.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
+    return total.hexdigest()
 
 
 @cache

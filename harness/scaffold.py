@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
 from .errors import ConfigError, StorageError
+from .plugins import load_plugins
 from .technique import SLUG
 
 PYPROJECT = Template("""\
@@ -80,6 +82,8 @@ def scaffold(name: str, where: Path) -> Path:
         "package": f"harness_{slug}",
         "cls": "".join(part.capitalize() for part in slug.split("_")),
     }
+    if find_spec(names["package"]) is not None or slug in load_plugins().offers("techniques"):
+        raise ConfigError(f"plugin name {name!r}: there is a technique or a package {names['package']!r} already; choose another name")
     folder = where / names["dist"]
     if folder.exists():
         raise ConfigError(f"{folder} exists already; choose another name or folder")

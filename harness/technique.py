@@ -149,6 +149,7 @@ class Technique(BaseModel):
     version: ClassVar[int] = 1  # raised whenever the numbers a run gives change
     paper: ClassVar[Paper | None] = None
     needs: ClassVar[frozenset[Need]] = frozenset()
+    per_picture: ClassVar[bool] = False  # makes something for each picture though it needs the 'dataset': takes few unless told otherwise
     reading: ClassVar[str] = ""  # how to read the picture
     caveats: ClassVar[str] = ""  # what it does not show
     # Name of the Heatmaps (N, H, W), one a picture, that say how much each pixel speaks for the target; techniques that

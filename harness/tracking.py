@@ -112,10 +112,21 @@ class Tracker:
                 place = (self.root / "artifacts" / name).as_uri() if self.uri.startswith("sqlite:") else None
                 self._experiments[name] = self.client.create_experiment(name, artifact_location=place)
             else:
+                self._here(found)
                 if found.lifecycle_stage == "deleted":
                     self.client.restore_experiment(found.experiment_id)
                 self._experiments[name] = found.experiment_id
         return self._experiments[name]
+
+    def _here(self, experiment: Any) -> None:
+        """ConfigError where the files of a local store's experiment are said to lie in a folder that is gone: the store was moved."""
+        place = _local(experiment.artifact_location) if self.uri.startswith("sqlite:") else None
+        here = self.root / "artifacts" / experiment.name
+        if place is not None and place != here and not place.exists() and here.exists():
+            raise ConfigError(
+                f"the run folder was moved: its records say that files lie in {place.parent.parent}, and they are in {self.root}; move it "
+                "back, or set $HARNESS_RUNS to a new folder"
+            )
 
     def parent(self, name: str, digest: str, command: str) -> str:
         """The MLflow run of an experiment: the interrupted one of the same plan, or a new one."""
@@ -251,13 +262,15 @@ class Tracker:
                 from .errors import unknown
 
                 raise unknown("experiment", name, self.experiments(), f"the MLflow store {self.uri}")
+            self._here(experiment)
             ids = [experiment.experiment_id]
             parents = self.client.search_runs(
-                ids, "tags.`harness.kind` = 'experiment'", max_results=1, order_by=["attributes.start_time DESC"]
+                ids, "tags.`harness.kind` = 'experiment'", max_results=200, order_by=["attributes.start_time DESC"]
             )
             if not parents:
                 return self._loose(name, ids)
-            parent = parents[0]
+            # One that was interrupted and gone on with began long before it ended.
+            parent = max(parents, key=lambda found: max(found.info.start_time, found.info.end_time or 0))
             if any(item.path == MANIFEST for item in self.client.list_artifacts(parent.info.run_id)):
                 with tempfile.TemporaryDirectory() as folder:
                     path = self.client.download_artifacts(parent.info.run_id, MANIFEST, folder)

@@ -71,6 +71,8 @@ def train(
         accuracy["test"] = _accuracy(module, recipe, x, y)
         if recipe.adversary is not None:
             accuracy["attacked"] = robust_accuracy(module, recipe, x, y)
+    if not np.isfinite(losses[-1]):
+        raise ConfigError(f"{recipe.where}: recipe {name!r}: the loss stopped being finite; use a smaller learning_rate")
     path = folder / f"{name}.safetensors"
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     with writing(path) as temporary:

@@ -50,7 +50,7 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options that every command that runs techniques has."""
     for option in reversed(
         (
-            click.option("--seed", type=int, default=0, show_default=True, help="Seed of all randomness."),
+            click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all randomness."),
             click.option("--limit", type=click.IntRange(min=1), help="Use this many pictures, spread evenly over the dataset."),
             click.option("--select", metavar="I,J,...", help="Use these pictures, by number."),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),

@@ -42,6 +42,7 @@ def command(
         override = {
             name: value
             for name, value in {
+                "seed": seed,
                 "limit": limit,
                 "select": parse_list(select),
                 "device": device,

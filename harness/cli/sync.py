@@ -18,7 +18,7 @@ def command(state: State, tracking_uri: str) -> None:
 
     root = runs_folder()
     session = Session(Experiment("runs", ()), root)
-    waiting = len(list(session.spool))
-    if waiting:
-        sync(tracker_for(choose(tracking_uri, root), root), session)
-    click.echo(f"{waiting} runs sent")
+    sent = sync(tracker_for(choose(tracking_uri, root), root), session) if session.spool.waiting() else 0
+    for problem in session.spool.unreadable:
+        click.echo(f"warning: left out: {problem}", err=True)
+    click.echo(f"{sent} runs sent")

@@ -41,6 +41,7 @@ class FastStyleTransfer(Technique):
         "Johnson, Alahi, Fei-Fei", 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", arxiv="1603.08155"
     )
     needs = frozenset({"dataset", "conv"})
+    per_picture = True
     reading = (
         "Content, the picture in one pass, and the slow one after its steps. The table gives the same loss for both, and the time of one "
         "picture: where the losses are alike the network has learnt what the descent does."
@@ -72,6 +73,8 @@ class FastStyleTransfer(Technique):
             raise ConfigError(f"fast_style_transfer.style: {self.styler!r} has {len(styler.styles)} styles, counted from 0")
         recipe = ctx.styler_recipe(self.styler)
         reason = "it has no recipe in the registry"
+        if recipe is not None and len(recipe.styles) <= self.style:
+            reason, recipe = f"its recipe has {len(recipe.styles)} styles", None
         if recipe is not None and recipe.encoder != ctx.model.name:
             reason, recipe = f"it was trained with {recipe.encoder}, and this is {ctx.model.name}", None
         task, picture = style_task(ctx, recipe, self.style) if recipe else (None, None)

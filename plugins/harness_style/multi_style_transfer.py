@@ -29,6 +29,7 @@ class MultiStyleTransfer(Technique):
     version = 3
     paper = Paper("Dumoulin, Shlens, Kudlur", 2017, "A Learned Representation For Artistic Style", arxiv="1610.07629")
     needs = frozenset({"dataset", "conv"})
+    per_picture = True
     reading = "First the picture in each style; then the way from one style to the next, of which only gamma and beta change."
     caveats = "What lies between two styles was never trained; it is smooth, but need not be a style."
 

@@ -31,6 +31,7 @@ class NeuralTexture(Technique):
     version = 3
     paper = Paper("Gatys, Ecker, Bethge", 2015, "Texture Synthesis Using Convolutional Neural Networks", arxiv="1505.07376")
     needs = frozenset({"dataset", "conv"})
+    per_picture = True
     reading = (
         "First the sample, then what matching the Gram matrices of ever deeper layers makes of noise. Early layers keep colours and "
         "small blobs; with deeper ones larger structure comes back, but no arrangement of things."
@@ -58,6 +59,7 @@ class NeuralTexture(Technique):
         rows: list[list[Any]] = []
         lines: dict[str, Any] = {}
         notes: list[str] = []
+        refused: list[str] = []
         finals: list[float] = []
         for number, name in enumerate(ctx.ids, 1):
             picture = ctx.dataset.get(number - 1)
@@ -66,7 +68,8 @@ class NeuralTexture(Technique):
             sample = tensor_of(ctx, picture, self.size)
             reason = refusal(ctx, sample, layers)
             if reason:
-                raise NotApplicable(f"{name}: {reason}")
+                refused.append(f"{name}: {reason}")
+                continue
             made = [self._made(ctx, name, sample, some) for some in kept]
             every = targets_of(ctx.model, sample, layers, self.pooling)
             for some, part in zip(kept, made, strict=True):
@@ -87,6 +90,8 @@ class NeuralTexture(Technique):
                 names = [f"step {n}" for n, _ in stages]
                 artifacts.append(Images(f"progress-{number}", eight_bits(strip), captions=names, columns=len(strip), exact=small))
             ctx.report("pictures", number, len(ctx.ids))
+        if not lines:
+            raise NotApplicable("; ".join(refused))
         longest = max(len(v) for v in lines.values())
         if longest:
             full = {k: np.r_[v, np.full(longest - len(v), v[-1])] for k, v in lines.items() if len(v)}
@@ -96,7 +101,9 @@ class NeuralTexture(Technique):
         columns = ["picture", "layers to", "error of the matched layers", "error of all layers", "correlation length in pixels"]
         artifacts.append(Table("errors", columns, rows))
         about = "relative squared error of the Gram matrices at the end, all layers matched"
-        return Result(artifacts, [Metric("gram_error", float(np.mean(finals)), better="lower", per_image=finals, about=about)], notes)
+        return Result(
+            artifacts, [Metric("gram_error", float(np.mean(finals)), better="lower", per_image=finals, about=about)], [*notes, *refused]
+        )
 
     def _made(self, ctx: Context, name: str, sample: Tensor, layers: list[str]) -> Ascent:
         """From coarse to fine; the scores of all sizes stand one after the other."""

@@ -53,6 +53,7 @@ class StyleTransfer(Technique):
     version = 3
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
+    per_picture = True
     reading = (
         "The first picture is the content, the second the style. The table says how far features and Gram matrices are from those of "
         "the content and the style, as shares of them: the one falls as the other rises."
@@ -126,11 +127,13 @@ class StyleTransfer(Technique):
         artifacts: list[Any] = []
         rows: list[list[Any]] = []
         curves: dict[str, Any] = {}
+        refused: list[str] = []
         final: dict[str, list[float]] = {"content_error": [], "style_error": []}
         for number, (name, picture) in enumerate(contents(ctx, self.size), 1):
             reason = refusal(ctx, picture, [*layers, content])
             if reason:
-                raise NotApplicable(f"{name}: {reason}")
+                refused.append(f"{name}: {reason}")
+                continue
             made = []
             for plan in plans:
                 found = Transfer(ctx, settings, layers, content, [p for _, p in styles], plan, f"{name} {plan.style_scale:g}").run(picture)
@@ -143,6 +146,8 @@ class StyleTransfer(Technique):
             final["style_error"].append(made[0].style)
             artifacts += self._shown(number, name, picture, styles, made, plans)
             ctx.report("pictures", number, len(ctx.ids))
+        if not curves:
+            raise NotApplicable("; ".join(refused))
         longest = max(len(t) for t in curves.values())
         if longest:
             lines = {k: np.r_[v, np.full(longest - len(v), v[-1] if len(v) else 0.0)] for k, v in curves.items()}
@@ -159,7 +164,7 @@ class StyleTransfer(Technique):
         }
         metrics = [Metric(k, float(np.mean(v)), better="lower", per_image=v, about=about[k]) for k, v in final.items()]
         notes.append(f"content at {content}; style at {', '.join(layers)}")
-        return Result(artifacts, metrics, list(dict.fromkeys(notes)))
+        return Result(artifacts, metrics, list(dict.fromkeys([*notes, *refused])))
 
     def _shown(
         self, number: int, name: str, picture: Tensor, styles: list[tuple[str, Image.Image]], made: list[Transferred], plans: list[Plan]

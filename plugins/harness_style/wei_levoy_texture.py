@@ -31,6 +31,7 @@ class WeiLevoyTexture(Technique):
     version = 3
     paper = Paper("Wei, Levoy", 2000, "Fast Texture Synthesis using Tree-structured Vector Quantization", doi="10.1145/344779.345009")
     needs = frozenset({"dataset"})
+    per_picture = True
     reading = (
         "First the sample, then what was made of it. Textures of small things look right from afar; where things have a size or a "
         "meaning, as bricks and letters have, it shows that the window knows nothing of them: bricks of all lengths, no word to read."
@@ -56,6 +57,7 @@ class WeiLevoyTexture(Technique):
         rows: list[list[Any]] = []
         costs: list[float] = []
         notes: list[str] = []
+        refused: list[str] = []
         for number, name in enumerate(ctx.ids, 1):
             picture = ctx.dataset.get(number - 1)
             pixels = at_size(picture, min(self.sample_size, max(picture.size)), 3 if picture.mode == "RGB" else 1)
@@ -65,7 +67,8 @@ class WeiLevoyTexture(Technique):
                 levels -= 1
             if min(sample.shape[:2]) < window + 1:
                 size = f"{sample.shape[1]} x {sample.shape[0]}"
-                raise NotApplicable(f"{name}: a sample of {size} pixels holds too few windows of {window}; use a smaller window")
+                refused.append(f"{name}: a sample of {size} pixels holds too few windows of {window}; use a smaller window")
+                continue
             if levels < self.levels:
                 notes.append(f"{name}: {levels} levels, as the sample is small")
             sheet = [eight_bits(torch.from_numpy(sample).permute(2, 0, 1)[None])]
@@ -91,10 +94,14 @@ class WeiLevoyTexture(Technique):
                 notes.append(f"{name}: the exhaustive search took {times}")
             artifacts += [Images(f"texture-{number}", torch.cat(fitted(sheet)), captions=captions, columns=len(sheet), exact=True)]
             ctx.report("pictures", number, len(ctx.ids))
+        if not rows:
+            raise NotApplicable("; ".join(refused))
         columns = ["picture", "search", "levels", "mean squared difference to the match", "steepness across the border / inside"]
         artifacts.append(Table("textures", columns, rows))
         about = "mean squared difference of a neighbourhood and its match in the sample, a value in [0, 1]"
-        return Result(artifacts, [Metric("match_cost", float(np.mean(costs)), better="lower", per_image=costs, about=about)], notes)
+        return Result(
+            artifacts, [Metric("match_cost", float(np.mean(costs)), better="lower", per_image=costs, about=about)], [*notes, *refused]
+        )
 
 
 def seam(image: np.ndarray) -> float:

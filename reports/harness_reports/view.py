@@ -225,9 +225,9 @@ def _summary(section: Section, models: Sequence[str], runs: Sequence[StoredRun])
             whole = [m for m in first.metrics if "." not in m.name] or first.metrics
             text = "; ".join(f"{words(m.name)} {number(m.value, m.unit)}" for m in whole[:3]) or "done"
         else:
-            text = first.error.message.splitlines()[0] if first.error else first.status
+            text = next(iter(first.error.message.splitlines() if first.error else ()), first.status)
         if len(mine) > 1:
-            text += f" (first of {len(mine)} runs)"
+            text += f" (one of {len(mine)} runs)"
         cells.append(Cell(first.status, text, section.anchor))
     return section.title, section.anchor, cells
 
