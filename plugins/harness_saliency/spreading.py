@@ -19,7 +19,7 @@ COLOUR, SPREAD = 0.5, 0.5  # weight of likeness in colour; its squared width, in
 NEAR, WIDTH = 0.3, 0.25  # of places far apart this share counts; how far near reaches, as a share of the side
 FLOOR = 0.05  # below this two places are not alike at all
 POWER = 4  # of likeness: the less alike two places are, the less passes between them
-KEPT = 0.95  # what a place passes on; the rest is its own value
+KEPT = 0.99  # what a place passes on; the rest is its own value
 RIM = 1  # places along the border, from which background spreads
 DARK = 0.6  # quantile of the map up to which a place of the border is background
 

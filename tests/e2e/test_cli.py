@@ -202,11 +202,17 @@ def test_an_experiment_file(cli, tmp_path):
     assert "4/4 saliency on digits_resnet, digits_test: reused" in cli("run", "e.yaml")[1]
     cli("report", "maps", "--format", "html")
     assert (tmp_path / "out" / "maps" / "report.html").exists()
+    assert "4 of 4 runs finished" in cli("run", "e.yaml", "--seed", "5", "--limit", "2")[0]
+    cli("report", "maps", "--format", "json")
+    runs = json.loads((tmp_path / "out" / "maps" / "report.json").read_text())["runs"]
+    assert {run["seed"] for run in runs} == {5}
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["run", "-m", "digits_cnn@", "-d", "digits", "-t", "saliency"], "after '@' only 'random'"),
+        (["plugin", "new", "saliency"], "there is a technique or a package 'harness_saliency' already"),
         (["run", "-m", "squeeznet1_1", "-d", "digits", "-t", "saliency"], "no model 'squeeznet1_1'; did you mean 'squeezenet1_1'"),
         (["run", "-m", "digits_cnn", "-d", "digit", "-t", "saliency"], "did you mean 'digits'"),
         (["run", "-m", "digits_cnn", "-d", "digits", "-t", "salience"], "did you mean 'saliency'"),

@@ -622,6 +622,26 @@ def test_batch_norm_learns_no_further_style(registry, tmp_path):
         trainer.train_styler("c", recipe(base="b"), load_registry([path.with_suffix(".yaml")]), tmp_path, "cpu")
 
 
+@pytest.mark.parametrize("name", ["ihc_style", "four_styles"])
+def test_shipped_networks_are_their_recipes(name, registry):
+    import json
+    from importlib.resources import files
+
+    card = json.loads((files("harness") / "data" / f"{name}.json").read_text())
+    entry = registry.stylers[name]
+    assert card["sha256"] == entry.sha256 and card["args"] == entry.args and card["styles"] == entry.styles
+    assert StylerRecipe(**card["recipe"]).model_dump() == registry.styler_recipes[name].model_dump()
+
+
+@pytest.mark.timeout(120)
+def test_fast_is_worth_a_good_part_of_the_slow_descent_from_noise(squeezenet, photos):
+    """The paper finds its networks worth 50 to 100 steps of L-BFGS from noise."""
+    result = run_once(FastStyleTransfer(size=160, steps=30, start="noise"), squeezenet, photos("chelsea.png", "astronaut.png"))
+    assert metric(result, "loss").value < metric(result, "loss_slow").value
+    sooner = run_once(FastStyleTransfer(size=160, steps=30), squeezenet, photos("chelsea.png", "astronaut.png"))
+    assert metric(sooner, "loss_slow").value < metric(result, "loss_slow").value
+
+
 @pytest.mark.timeout(120)
 def test_the_network_that_comes_along_carries_its_style(squeezenet, registry, photos):
     result = run_once(FastStyleTransfer(size=160, steps=20), squeezenet, photos("chelsea.png"))

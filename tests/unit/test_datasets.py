@@ -125,6 +125,7 @@ def test_a_folder_without_classes(tmp_path, registry):
     save(tmp_path / "flat" / "b.png", solid("RGB", 0))
     save(tmp_path / "flat" / "a.JPG", solid("RGB", 0))
     save(tmp_path / "flat" / ".hidden.png", solid("RGB", 0))
+    save(tmp_path / "flat" / ".checkpoints" / "c.png", solid("RGB", 0))
     data = load_dataset(str(tmp_path / "flat"), registry)
     assert data.ids == ["a.JPG", "b.png"]
     assert data.labels is None

@@ -134,6 +134,32 @@ class Judge(Technique):
         return Result([], [Metric("found", len(ctx.results))], [f"{k}: {v}" for k, v in ctx.missing.items()])
 
 
+class Higher(Technique):
+    """Builds on what builds on two maps."""
+
+    name = "higher"
+    needs = frozenset({"images"})
+    act: str = Param("work", description="what the first of them does")
+
+    def uses(self):
+        return (Use("judge", {"act": self.act}),)
+
+    def run(self, ctx):
+        CALLS.append("higher")
+        return Result([], [Metric("m", 1)])
+
+
+class EachOne(Technique):
+    """Makes something for each picture, which it opens itself."""
+
+    name = "each_one"
+    needs = frozenset({"dataset"})
+    per_picture = True
+
+    def run(self, ctx):
+        return Result([], [Metric("n", len(ctx.dataset))])
+
+
 class Labels(Technique):
     """Needs labels."""
 
@@ -157,7 +183,7 @@ class Maps(Technique):
 @pytest.fixture(scope="module")
 def mine():
     made = types.ModuleType("made")
-    made.harness_techniques = hookimpl(lambda: [Probe, Base, Above, Twice, OnPictures, Labels, Maps, Judge])
+    made.harness_techniques = hookimpl(lambda: [Probe, Base, Above, Twice, OnPictures, Labels, Maps, Judge, Higher, EachOne])
     return discover([*_installed(), (Origin("mine", "0.3", "mine"), lambda: made)])
 
 
@@ -431,6 +457,42 @@ def test_an_altered_artifact_is_noticed(go):
         read_record(run.folder)
 
 
+def test_other_code_of_its_package_is_another_key(mine, own_state, tmp_path, monkeypatch):
+    from harness.registry import load_registry
+
+    package = tmp_path / "their_package_of_nets"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "net.py").write_text("from .blocks import SCALE")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "r.yaml").write_text("models:\n  mine: {builder: 'their_package_of_nets.net:Net', input: {channels: 1, size: 8}}\n")
+    keys = []
+    for text in ("SCALE = 1", "SCALE = -1", "SCALE = 1"):
+        (package / "blocks.py").write_text(text)
+        runs = expand(mine, ["mine"], ["digits"], [("probe", {})], limit=3)
+        keys.append(Runner(load_registry([tmp_path / "r.yaml"]), mine, Session(Experiment("k", runs), own_state)).plan(runs[0]).key)
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_names_and_classes_are_in_the_key(mine, own_state, tmp_path):
+    """Labels are told by name, and a record must be about what it is reused for."""
+    from harness.registry import load_registry
+
+    text = (
+        "datasets:\n  NAME: {source: 'package:foolbox/data', files: ['mnist_*.png'], classes: [CLASSES]}\n"
+        "models:\n  MODEL: {builder: 'harness.nets:digits_cnn', input: {channels: 1, size: 8}}\n"
+    )
+    right = [str(n) for n in range(10)]
+    keys = []
+    for model, name, classes in (("m", "a", right), ("m", "a", right), ("m", "b", right), ("m", "a", right[::-1]), ("n", "a", right)):
+        spelt = text.replace("CLASSES", ", ".join(f"'{c}'" for c in classes)).replace("NAME", name).replace("MODEL", model)
+        (tmp_path / "r.yaml").write_text(spelt)
+        runs = expand(mine, [model], [name], [("probe", {})], limit=3)
+        keys.append(Runner(load_registry([tmp_path / "r.yaml"]), mine, Session(Experiment("k", runs), own_state)).plan(runs[0]).key)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
+
+
 def test_an_unreachable_server_costs_one_warning_and_nothing_else(go, own_state):
     import time
 
@@ -573,6 +635,77 @@ def test_what_was_made_without_a_failed_use_is_not_taken_for_the_whole(go):
     _, outcomes = go(("judge", {"act": "fail"}))
     assert CALLS[0] == "fail"  # tried again
     assert outcomes[0].run.record.metric("found").value == 1
+
+
+def test_nor_is_what_was_made_of_that(go):
+    for _ in range(2):
+        go(("higher", {"act": "fail"}))
+        assert CALLS[0] == "fail" and CALLS[-1] == "higher"
+
+
+def test_what_waits_for_the_store_is_no_reason_to_reuse_it(go):
+    away = "http://127.0.0.1:9"
+    go(probe(), probe("fail"), uri=away)
+    _, outcomes = go(probe(), probe("fail"))
+    assert [o.how for o in outcomes] == ["reused", "computed"]
+    assert CALLS == ["fail"]  # what failed is tried again
+    go(probe(), uri=away)
+    _, outcomes = go(probe(), cache=False)
+    assert CALLS == ["work"]
+
+
+def test_what_makes_something_for_each_picture_takes_twenty(go):
+    _, outcomes = go(("each_one", {}), ("base", {}), limit=None)
+    assert outcomes[0].run.record.metric("n").value == 20
+    assert len(outcomes[0].run.record.dataset.selected) == 20
+    assert outcomes[1].run.record.dataset.pictures > 20
+
+
+def test_an_experiment_gone_on_with_is_the_newest(go, own_state, monkeypatch):
+    import time
+
+    import harness.tracking as tracking
+
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    go(probe(), name="first")
+    with monkeypatch.context() as patched:  # interrupted: its list of runs is never entered
+        patched.setattr(tracking.Tracker, "enter", lambda *_: None)
+        go(probe("over"), name="runs", cache=False)
+    time.sleep(0.05)
+    go(probe("hungry"), name="runs")
+    time.sleep(0.05)
+    go(probe("over"), name="runs", cache=False)
+    _, runs = tracker.load("runs")
+    assert [r.record.params["act"] for r in runs] == ["over"]
+
+
+def test_a_store_that_was_moved_says_so(go, own_state, tmp_path):
+    import shutil
+
+    go(probe())
+    moved = own_state.parent / "moved"
+    shutil.move(own_state, moved)
+    with pytest.raises(ConfigError, match="the run folder was moved"):
+        tracker_for(tracking_uri("", moved), moved).load("test")
+
+
+def test_a_folder_of_the_spool_may_go_while_it_is_looked_at(go, own_state, monkeypatch):
+    import harness.record as module
+
+    session, _ = go(probe(), uri="http://127.0.0.1:9")
+    gone = own_state / "spool" / "gone"
+    gone.mkdir()
+    lock = module._lock
+
+    def late(folder):
+        found = lock(folder)
+        if folder == gone:
+            folder.rmdir()
+        return found
+
+    monkeypatch.setattr(module, "_lock", late)
+    assert len(list(session.spool)) == 1
+    assert not gone.with_suffix(".lock").exists()
 
 
 def test_the_key_follows_further_networks(registry, plugins, own_state):
