@@ -15,7 +15,10 @@ from .errors import ConfigError, StorageError
 
 def runs_folder() -> Path:
     """`$HARNESS_RUNS`, or `harness-runs` in the current folder."""
-    return Path(os.environ.get("HARNESS_RUNS") or "harness-runs").resolve()
+    found = Path(os.environ.get("HARNESS_RUNS") or "harness-runs").resolve()
+    if set("%?") & set(str(found)):  # which mean something in a database's address
+        raise ConfigError(f"the run folder {str(found)!r} has a '%' or a '?' in its path; set $HARNESS_RUNS to another")
+    return found
 
 
 def cache_folder(kind: str) -> Path:

@@ -310,6 +310,10 @@ class Runner:
     def _obtain(self, plan: Planned, number: int, total: int) -> Outcome:
         if self.use_cache or plan.key in self._obtained:
             found = self.find(plan.key)
+            damage = found.damage() if found is not None and plan.key not in self._obtained else ""
+            if damage:
+                self.session.warning(f"{damage.partition(';')[0]}; it is computed again")
+                found = None
             if found is not None:
                 self.session.done[plan.key] = found
                 self._obtained.add(plan.key)

@@ -152,11 +152,12 @@ def same(a: Result, b: Result, rtol: float = 0.0, atol: float = 0.0) -> bool:
         (mx, ax), (my, ay) = x.parts(), y.parts()
         if ax.keys() != ay.keys() or (atol == rtol == 0 and json.dumps(mx, default=str) != json.dumps(my, default=str)):
             return False
-        if not all(
-            np.allclose(ax[k], ay[k], rtol=rtol, atol=atol) if ax[k].dtype.kind in "fc" else np.array_equal(ax[k], ay[k]) for k in ax
+        if any(ax[k].shape != ay[k].shape for k in ax) or not all(
+            np.allclose(ax[k], ay[k], rtol=rtol, atol=atol, equal_nan=True) if ax[k].dtype.kind in "fc" else np.array_equal(ax[k], ay[k])
+            for k in ax
         ):
             return False
-    return all(np.isclose(x.value, y.value, rtol=rtol, atol=atol) for x, y in zip(a.metrics, b.metrics, strict=True))
+    return all(np.isclose(x.value, y.value, rtol=rtol, atol=atol, equal_nan=True) for x, y in zip(a.metrics, b.metrics, strict=True))
 
 
 # Where techniques are checked: the first on which they are applicable. Some want a linear model, or marks in the pictures.

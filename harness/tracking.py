@@ -225,11 +225,13 @@ class Tracker:
             # Asked once a process: what others add meanwhile is at worst computed again.
             self._searched = {e.experiment_id for e in self.client.search_experiments()}
         experiments = self._searched | set(self._experiments.values())
+        altered: StoredRun | None = None
         for found in self.client.search_runs(sorted(experiments), query, max_results=5, order_by=["attributes.start_time DESC"]):
             run = self._stored(found)
-            if run is not None:
+            if run is not None and not run.damage():
                 return run
-        return None
+            altered = altered or run
+        return altered
 
     def _stored(self, found: Any) -> StoredRun | None:
         """An MLflow run's files, on this disk or fetched; None when they are gone."""

@@ -71,7 +71,7 @@ def audit(
     plan = [(technique, {**wanted[technique], **given[technique]}) for technique in wanted]
     runs = expand(
         plugins, models, [dataset], plan, [seed],
-        limit=limit, select=parse_list(select), device=device, precision=precision, max_batch=max_batch,
+        limit=limit, select=parse_list(select, limit), device=device, precision=precision, max_batch=max_batch,
     )  # fmt: skip
     words = ["harness", *(w for path in state.registries for w in ("-r", str(path))), verb, *models, "-d", dataset, "--profile", profile]
     words += [w for p in params for w in ("-p", p)]

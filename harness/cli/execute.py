@@ -36,10 +36,12 @@ def parse_params(items: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def parse_list(text: str | None) -> list[int] | None:
-    """'0,3,7' -> [0, 3, 7]."""
+def parse_list(text: str | None, limit: int | None = None) -> list[int] | None:
+    """'0,3,7' -> [0, 3, 7]; beside a limit it would leave one of the two without a say."""
     if text is None:
         return None
+    if limit is not None:
+        raise ConfigError("give --limit or --select, not both")
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

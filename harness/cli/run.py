@@ -44,7 +44,7 @@ def command(
             for name, value in {
                 "seed": seed,
                 "limit": limit,
-                "select": parse_list(select),
+                "select": parse_list(select, limit),
                 "device": device,
                 "precision": precision,
                 "max_batch": max_batch,
@@ -58,7 +58,7 @@ def command(
         wanted = split_params(techniques, parse_params(params))
         runs = expand(
             plugins, models, datasets, list(wanted.items()), [seed],
-            limit=limit, select=parse_list(select), device=device, precision=precision, max_batch=max_batch,
+            limit=limit, select=parse_list(select, limit), device=device, precision=precision, max_batch=max_batch,
         )  # fmt: skip
         plan = Experiment("runs", runs, "Runs", state.command())
     session, outcomes = execute(state, plan, tracking_uri=tracking_uri, use_cache=not no_cache)

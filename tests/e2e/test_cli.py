@@ -222,6 +222,7 @@ def test_an_experiment_file(cli, tmp_path):
             "saliency.values: input should be 'absolute' or 'signed'",
         ),
         (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--device", "tpu"], "choose auto, cpu"),
+        (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--select", "1", "--limit", "2"], "--limit or --select, not both"),
         (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--select", "a"], "write picture numbers with commas"),
         (["run", "-m", "digits_cnn", "-d", "digits", "-t", "saliency", "--select", "99999"], "there is no picture 99999"),
         (

@@ -457,6 +457,23 @@ def test_an_altered_artifact_is_noticed(go):
         read_record(run.folder)
 
 
+def test_an_altered_run_is_computed_again(go):
+    run = go(probe())[1][0].run
+    (run.folder / "map.npz").write_bytes(b"x")
+    session, outcomes = go(probe())
+    assert outcomes[0].how == "computed" and outcomes[0].run.damage() == ""
+    assert any("map.npz" in w and "computed again" in w for w in session.warnings)
+    assert go(probe())[1][0].how == "reused"
+
+
+def test_a_run_folder_that_no_database_address_can_hold(monkeypatch, tmp_path):
+    from harness.paths import runs_folder
+
+    monkeypatch.setenv("HARNESS_RUNS", str(tmp_path / "a%20b"))
+    with pytest.raises(ConfigError, match="has a '%'"):
+        runs_folder()
+
+
 def test_other_code_of_its_package_is_another_key(mine, own_state, tmp_path, monkeypatch):
     from harness.registry import load_registry
 
