@@ -403,6 +403,17 @@ def test_a_recipe_is_trained_for_its_model(cli, tmp_path, registry):
     cli("-r", "r.yaml", "run", "-m", "mine", "-d", "digits_test", "-t", "predictions")
 
 
+def test_a_training_that_diverges_leaves_what_is_there(cli, tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "recipes:\n  wild: {builder: 'harness.nets:DigitsCNN', dataset: digits_train, classes: digits, input: {channels: 1, size: 8},\n"
+        "    epochs: 1, learning_rate: 1.0e+30}\n"
+    )
+    (tmp_path / "wild.safetensors").write_bytes(b"good weights")
+    _, err = cli("-r", "r.yaml", "train", "wild", "-o", ".", code=2)
+    assert "the loss stopped being finite; use a smaller learning_rate" in err
+    assert (tmp_path / "wild.safetensors").read_bytes() == b"good weights"
+
+
 def test_a_new_plugin_works_as_it_is(cli, tmp_path, monkeypatch):
     out, _ = cli("plugin", "new", "my_maps")
     folder = tmp_path / "harness-my-maps"

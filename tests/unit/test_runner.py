@@ -497,7 +497,7 @@ def test_names_and_classes_are_in_the_key(mine, own_state, tmp_path):
 
     text = (
         "datasets:\n  NAME: {source: 'package:foolbox/data', files: ['mnist_*.png'], classes: [CLASSES]}\n"
-        "models:\n  MODEL: {builder: 'harness.nets:digits_cnn', input: {channels: 1, size: 8}}\n"
+        "models:\n  MODEL: {builder: 'harness.nets:DigitsCNN', input: {channels: 1, size: 8}}\n"
     )
     right = [str(n) for n in range(10)]
     keys = []
