@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from style_peers import PACES, own_layout, peers
+from style_peers import HISTORY, PACES, own_layout, peers
 
 from harness.context import Context, Draws
 from harness.device import keep_freed_memory
@@ -512,16 +512,13 @@ def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]
 
 def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     """A step of style transfer (content, five style layers, total variation, L-BFGS) against one forward and backward pass to the
-    deepest layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of the model's size."""
+    deepest layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of the technique's own size."""
     from harness import optimise as o
-    from harness_style.gram import targets_of
-    from harness_synthesis.blocks import blocks
+    from harness_style.gram import content_layer, descent, style_layers, targets_of
 
-    every = blocks(model)
-    last = round(0.75 * (len(every) - 1))
-    layers = list(dict.fromkeys(every[round(i * last / 4)] for i in range(5)))
-    content = every[round(0.4 * (len(every) - 1))]
-    images = pictures(model, 1)
+    images = torch.rand((1, 3, 288, 384), generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    ctx = context(model, images, "style_transfer", 1)
+    layers, content = style_layers(ctx, ()), content_layer(ctx, "")
     with torch.no_grad():
         features = model.activations(images.flip(2), [content])[content]
     targets = targets_of(model, images.flip(3), layers)
@@ -536,12 +533,12 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
 
     def ours(steps: int, rule: str) -> None:
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
-        o.ascend(model, objective, images, steps=steps, step_size=0.02, rule=rule, draws=draws, operators=[o.Clamp()])
+        o.ascend(model, objective, images, steps=steps, step_size=0.02, rule=descent(rule), draws=draws, operators=[o.Clamp()])
 
     def plain(steps: int) -> None:
         """As it is commonly written: squared errors of Gram matrices, torch's own L-BFGS, one evaluation a step."""
         x = images.clone(memory_format=torch.contiguous_format).requires_grad_()
-        optimiser = torch.optim.LBFGS([x], max_iter=1, max_eval=2, history_size=10)
+        optimiser = torch.optim.LBFGS([x], max_iter=1, max_eval=2, history_size=HISTORY)
 
         def loss() -> torch.Tensor:
             optimiser.zero_grad()

@@ -15,10 +15,11 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.squeezenet import Fire
 
 from harness.models import LoadedModel
 
-HISTORY = 10
+HISTORY = 4
 PACES: list[float] = []  # when passes of these networks began
 Steps = Callable[[int], object]
 
@@ -39,14 +40,32 @@ def own_layout(model: LoadedModel) -> nn.Sequential:
     return nn.Sequential(Normalise(model), copy.deepcopy(model.module).to(memory_format=torch.contiguous_format)).eval()
 
 
+class Expand(nn.Module):
+    """What follows the squeeze layer in a Fire module."""
+
+    def __init__(self, fire: Fire) -> None:
+        super().__init__()
+        self.fire = fire
+
+    def forward(self, x: Tensor) -> Tensor:
+        fire = self.fire
+        return torch.cat([fire.expand1x1_activation(fire.expand1x1(x)), fire.expand3x3_activation(fire.expand3x3(x))], 1)
+
+
 def chain(model: LoadedModel, layers: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """The network down to the last of the layers as modules one after the other, by their dotted names."""
+
+    def parts(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        if not any(layer.startswith(f"{name}.") for layer in layers):
+            return [(name, module)]
+        if isinstance(module, Fire):
+            return [(f"{name}.squeeze", module.squeeze), (f"{name}.squeeze_activation", module.squeeze_activation), (name, Expand(module))]
+        return [part for n, child in module.named_children() for part in parts(f"{name}.{n}", child)]
+
     inner = copy.deepcopy(model.module).to(memory_format=torch.contiguous_format)
     found: list[tuple[str, nn.Module]] = [("normalise", Normalise(model))]
     for name, child in inner.named_children():
-        inside = any(layer.startswith(f"{name}.") for layer in layers)
-        parts = [(f"{name}.{n}", m) for n, m in child.named_children()] if inside else [(name, child)]
-        for part in parts:
+        for part in parts(name, child):
             found.append(part)
             if part[0] == layers[-1]:
                 return found
@@ -56,7 +75,7 @@ def chain(model: LoadedModel, layers: Sequence[str]) -> list[tuple[str, nn.Modul
 def peers(model: LoadedModel, picture: Tensor, style: Tensor, layers: Sequence[str], content: str) -> dict[str, Steps]:
     """{name: steps} of what can be imported."""
     made: dict[str, Steps] = {}
-    modules = chain(model, layers)
+    modules = chain(model, [content, *layers])
     picture, style = picture.contiguous(), style.contiguous()
     if find_spec("pystiche"):
         made["pystiche"] = _pystiche(modules, picture, style, layers, content)

@@ -172,10 +172,11 @@ def ascend(
     for step in range(done, steps):
         with during(step) if during else nullcontext():
             score, gradient = _score_and_gradient(model, objective, z, made, transforms, draws)
+        finite = _finite(gradient)
         # torch.where and not an `if`: a device is not waited for in the middle of the loop.
         if law.careful and before is not None:
-            # A step into the void is taken back like any other that does not rise.
-            rose = (score >= before[2]) & _finite(gradient)
+            # A step into the void is taken back like any other that does not rise, and the gradient then is one that was looked at.
+            rose, finite = (score >= before[2]) & finite, alive
             nothing = z.new_zeros(()).expand_as(z)
             moved, bent = _chosen(rose, z - before[0], nothing), _chosen(rose, gradient - before[1], nothing)
             z, gradient, score = _chosen(rose, z, before[0]), _chosen(rose, gradient, before[1]), _chosen(rose, score, before[2])
@@ -184,7 +185,7 @@ def ascend(
         z = _chosen(known, z, good)
         if trace:
             score = torch.where(known & ~resting, score, trace[-1])
-        alive = alive & known & _finite(gradient)
+        alive = alive & known & finite
         good, before = z, (z, gradient, score)
         trace.append(score)
         recent = [*recent, score][-2 * WINDOW :]
@@ -213,7 +214,7 @@ def ascend(
     stand = draws.state()
     for i, own in stands.items():
         stand[i] = own
-    ended = {name: torch.where(rows(alive, value), value, torch.zeros_like(value)) for name, value in memory.items()}
+    ended = {name: _chosen(alive, value, value.new_zeros(()).expand_as(value)) for name, value in memory.items()}
     ended |= {"variables": z, "alive": alive, "resting": resting}
     if converged:
         filled = [z.new_zeros(len(z))] * (2 * WINDOW - len(recent)) + recent
@@ -221,7 +222,7 @@ def ascend(
     if before is not None:
         if law.careful:
             kept_before = dict(zip(("kept_variables", "kept_gradient", "kept_score"), before, strict=True))
-            ended |= {n: torch.where(rows(alive, v), v, torch.zeros_like(v)) for n, v in kept_before.items()}
+            ended |= {n: _chosen(alive, v, v.new_zeros(()).expand_as(v)) for n, v in kept_before.items()}
         # The last step has not been looked at yet.
         with torch.no_grad(), during(reached) if during else nullcontext():
             image, seen = _seen(z, made, transforms, draws)

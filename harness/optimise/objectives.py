@@ -79,7 +79,8 @@ def feature_error(layer: str, features: Tensor) -> Objective:
     size = features.flatten(1).square().sum(1).clamp_min(torch.finfo(features.dtype).tiny)
 
     def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
-        return half_square(outputs[layer] - features) * (2 / size)
+        found: Tensor = _SquaredDistance.apply(outputs[layer], features, 1 / size)
+        return found
 
     return Objective(frozenset({layer}), score)
 
@@ -119,16 +120,36 @@ def half_square(x: Tensor) -> Tensor:
     return found
 
 
+def squared_length(x: Tensor) -> Tensor:
+    """(N,) ||x||^2 of each picture, in one pass over memory."""
+    return torch.linalg.vector_norm(x, dim=_inner(x)).square()
+
+
 class _HalfSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x.square().sum(_inner(x)) / 2
+        return squared_length(x) / 2
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return x * rows(gradient, x)
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """(N,) factor_i ||x_i - centre_i||^2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, centre: Tensor, factor: Tensor) -> Tensor:
+        away = x - centre
+        ctx.save_for_backward(away, factor)
+        return squared_length(away) * factor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        away, factor = ctx.saved_tensors
+        return away * rows(2 * gradient * factor, away), None, None
 
 
 class _PowerSum(torch.autograd.Function):
@@ -157,37 +178,36 @@ class _Variation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
-        dx, dy = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+        # Differences with nothing before the first and after the last, so that the slope is their differences again.
+        n, c, height, width = x.shape
+        dx, dy = _empty(x, (n, c, height, width + 1)), _empty(x, (n, c, height + 1, width))
+        for edge in (dx[..., 0], dx[..., -1], dy[..., 0, :], dy[..., -1, :]):
+            edge.zero_()
+        torch.sub(x[..., 1:], x[..., :-1], out=dx[..., 1:-1])
+        torch.sub(x[..., 1:, :], x[..., :-1, :], out=dy[..., 1:-1, :])
         if beta == 2:
             ctx.save_for_backward(dx, dy)
-            return dx.square().sum(_inner(x)) + dy.square().sum(_inner(x))
-        squared = torch.zeros_like(x)
-        squared[..., :-1] += dx.square()
-        squared[..., :-1, :] += dy.square()
-        squared += 1e-10
+            return squared_length(dx) + squared_length(dy)
+        squared = dx[..., 1:].square() + dy[..., 1:, :].square() + 1e-10
         weight = squared.pow(beta / 2 - 1).mul_(beta / 2)
-        ctx.save_for_backward(dx * weight[..., :-1], dy * weight[..., :-1, :])
+        dx[..., 1:] *= weight
+        dy[..., 1:, :] *= weight
+        ctx.save_for_backward(dx, dy)
         return squared.pow_(beta / 2).sum(_inner(x))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         dx, dy = ctx.saved_tensors
-        n, c, height = dx.shape[:3]
-        width = dx.shape[3] + 1
-        slope = dx.new_empty((n, c, height, width)).contiguous(memory_format=_form(dx))
-        if width > 1:
-            slope[..., 0], slope[..., -1] = -dx[..., 0], dx[..., -1]
-            torch.sub(dx[..., :-1], dx[..., 1:], out=slope[..., 1:-1])
-        else:
-            slope.zero_()
-        slope[..., 1:, :] += dy
-        slope[..., :-1, :] -= dy
+        slope = dx[..., :-1] - dx[..., 1:]
+        slope += dy[..., :-1, :]
+        slope -= dy[..., 1:, :]
         return slope.mul_(rows(2 * gradient, slope)), None
 
 
-def _form(x: Tensor) -> torch.memory_format:
-    """How a picture lies in memory, seen from its differences."""
-    return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Room that lies in memory as `like` does."""
+    form = torch.channels_last if like.stride(1) == 1 and like.shape[1] > 1 else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
 
 
 def _inner(x: Tensor) -> tuple[int, ...]:

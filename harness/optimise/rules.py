@@ -142,11 +142,13 @@ class Adam(_Plain):
 
     def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor:
         move = condition(gradient)
-        zero = torch.zeros_like(move)
-        memory["mean"] = torch.lerp(move, memory.get("mean", zero), self.beta1)
-        memory["square"] = torch.lerp(move.square(), memory.get("square", zero), self.beta2)
-        mean, square = memory["mean"] / (1 - self.beta1 ** (step + 1)), memory["square"] / (1 - self.beta2 ** (step + 1))
-        return size * mean / (square.sqrt() + self.eps)
+        if "mean" not in memory:
+            memory["mean"], memory["square"] = torch.zeros_like(move), torch.zeros_like(move)
+        # In place: each new tensor would be another pass over memory.
+        mean = memory["mean"].lerp_(move, 1 - self.beta1)
+        square = memory["square"].mul_(self.beta2).addcmul_(move, move, value=1 - self.beta2)
+        spread = square.sqrt().mul_((1 - self.beta2 ** (step + 1)) ** -0.5).add_(self.eps)
+        return torch.div(mean, spread, out=spread).mul_(size / (1 - self.beta1 ** (step + 1)))
 
 
 @dataclass(frozen=True)
@@ -184,55 +186,62 @@ class LBFGS:
         g, m = _flat(gradient), self.history
         if "size" not in memory:
             one = torch.ones_like(g[:, 0])
-            memory["size"], memory["curvature"], memory["rho"] = one, torch.zeros_like(one), g.new_zeros((len(g), m))
-            # Rings of s and y, how many were put into them, and the products s_i . y_j.
+            memory["size"], memory["curvature"], memory["good"] = one, torch.zeros_like(one), g.new_zeros((len(g), m), dtype=torch.bool)
+            # Rings of s and of -y, how many were put into them, and the products s_i . y_j where s_i is no newer, as others are not needed.
             memory["moves"], memory["bends"] = g.new_zeros((len(g), m, g.shape[1])), g.new_zeros((len(g), m, g.shape[1]))
             memory["kept"], memory["products"] = torch.zeros_like(one, dtype=torch.int64), g.new_zeros((len(g), m, m))
         newest = (memory["kept"][:, None] - 1 - torch.arange(m, device=g.device)) % m  # (N, m) places in the rings, the newest first
         kind = torch.float32 if g.device.type == "mps" else torch.float64
-        rho = memory["rho"].gather(1, newest).to(kind)  # zero in places that were never filled, and so are their coefficients
-        products = memory["products"].gather(1, newest[:, :, None].expand(-1, -1, m)).gather(2, newest[:, None].expand(-1, m, -1)).to(kind)
-        along = torch.bmm(memory["moves"], g[:, :, None]).squeeze(2).gather(1, newest).to(kind)
-        of_y = torch.zeros_like(rho)
-        for k in range(m):
-            of_y[:, k] = rho[:, k] * (along[:, k] - (products[:, k] * of_y).sum(1))
-        q = torch.baddbmm(g[:, None], _placed(of_y, newest, g), memory["bends"], alpha=-1)
-        q = q.squeeze(1)
+        good = memory["good"].gather(1, newest)[:, :, None]  # places that were never filled, or badly, have coefficients of zero
+        across = newest[:, None].expand(-1, m, -1)
+        products = memory["products"].gather(1, across.mT).gather(2, across).to(kind)
+        # The coefficients of either loop solve a triangular system: from the newest change to the oldest, and back.
+        system = torch.where(good & good.mT, products.tril(), torch.eye(m, dtype=kind, device=g.device))
+        along = (memory["moves"] @ g[:, :, None]).gather(1, newest[:, :, None]).to(kind) * good
+        of_y = torch.linalg.solve_triangular(system, along, upper=False)
+        q = torch.baddbmm(g[:, None], _placed(of_y, newest, g), memory["bends"]).squeeze(1)
         first = _flat(condition(_shaped(q, gradient)))
         # In the units of the inverse Hessian, whatever those of the conditioners are; along the gradient while nothing is known.
-        curvature = memory["curvature"][:, None] * _over(1.0, total(q * first)) * total(q.square())
-        first = first * torch.where(curvature > 0, curvature, _over(size, root_mean_square(first)))
-        across = torch.bmm(memory["bends"], first[:, :, None]).squeeze(2).gather(1, newest).to(kind)
-        of_s = torch.zeros_like(rho)
-        for k in reversed(range(m)):
-            of_s[:, k] = of_y[:, k] - rho[:, k] * (across[:, k] + (products[:, :, k] * of_s).sum(1))
-        found = torch.baddbmm(first[:, None], _placed(of_s, newest, g), memory["moves"])
-        return _shaped(memory["size"][:, None] * found.squeeze(1), gradient)
+        curvature = memory["curvature"][:, None]
+        if first.data_ptr() != q.data_ptr():
+            curvature = curvature * _over(1.0, _product(q, first)) * _product(q, q)
+        known = curvature > 0
+        if g.device.type != "cpu" or not bool(known.all()):  # on a CPU looking costs less than another pass over memory
+            curvature = torch.where(known, curvature, _over(size, root_mean_square(first)))
+        # What follows is linear, so that the share of the step that is gone can stand here.
+        first = first * (memory["size"][:, None] * curvature)
+        bent = (memory["bends"] @ first[:, :, None]).gather(1, newest[:, :, None]).to(kind) * good
+        of_y = of_y * memory["size"][:, None, None] * system.diagonal(dim1=1, dim2=2)[:, :, None]
+        of_s = torch.linalg.solve_triangular(system.mT, of_y + bent, upper=True)
+        return _shaped(first[:, None].baddbmm_(_placed(of_s, newest, g), memory["moves"]).squeeze(1), gradient)
 
     def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
-        """Stores s and y = -(change of the gradient), since the score is to rise. What is no good pair lies in the place of the oldest,
-        counts nothing and is written over by the next."""
-        s, y, moves, bends = _flat(moved), -_flat(bent), memory["moves"], memory["bends"]
+        """Stores s, and the change of the gradient, which is -y, since the score is to rise. What is no good pair lies in the place of the
+        oldest, counts nothing and is written over by the next."""
+        s, b, moves, bends = _flat(moved), _flat(bent), memory["moves"], memory["bends"]
         row, k = torch.arange(len(s), device=s.device), memory["kept"] % self.history
-        moves[row, k], bends[row, k] = s, y
-        memory["products"][row, k] = torch.bmm(bends, s[:, :, None]).squeeze(2)
-        memory["products"][row, :, k] = torch.bmm(moves, y[:, :, None]).squeeze(2)
-        product, long, square = memory["products"][row, k, k], s.square().sum(1), y.square().sum(1)
-        good = rose & (product > 1e-10 * (square * long).sqrt())
-        zero = torch.zeros_like(product)
-        memory["rho"][row, k] = torch.where(good, 1 / product, zero)
+        moves[row, k], bends[row, k] = s, b
+        memory["products"][row, :, k] = -(moves @ b[:, :, None]).squeeze(2)
+        product = memory["products"][row, k, k]
+        good = rose & (product > 0)
+        memory["good"][row, k] = good
         memory["kept"] = memory["kept"] + good
-        memory["curvature"] = torch.where(good, product / square, memory["curvature"])
+        memory["curvature"] = torch.where(good, product / _product(b, b).squeeze(1), memory["curvature"])
         size = torch.where(rose, torch.ones_like(memory["size"]), memory["size"] * 0.5)
         lost = ~rose & (size < 1 / 64) & (memory["curvature"] > 0)
-        memory["curvature"] = torch.where(lost, zero, memory["curvature"])
-        memory["rho"] = torch.where(lost[:, None], torch.zeros_like(memory["rho"]), memory["rho"])
+        memory["curvature"] = memory["curvature"] * ~lost
+        memory["good"] = memory["good"] & ~lost[:, None]
         memory["size"] = torch.where(lost, torch.ones_like(size), size)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(N, 1) inner products of rows (N, D), in one pass over memory."""
+    return (a[:, None] @ b[:, :, None]).squeeze(2)
+
+
 def _placed(coefficients: Tensor, places: Tensor, like: Tensor) -> Tensor:
-    """(N, 1, m) coefficients put where in the ring what they belong to lies."""
-    return torch.zeros_like(coefficients).scatter(1, places, coefficients).to(like.dtype)[:, None]
+    """(N, 1, m) coefficients (N, m, 1) put where in the ring what they belong to lies."""
+    return torch.empty_like(coefficients).scatter_(1, places[:, :, None], coefficients).mT.to(like.dtype)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -28,8 +28,7 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, factor: float) -> Tensor:
-        n, c, height, width = features.shape
-        rows = features.permute(0, 2, 3, 1).reshape(n, height * width, c)  # no copy of what lies channels last
+        rows = _rows(features)
         ctx.save_for_backward(rows)
         ctx.shape, ctx.factor = features.shape, factor
         return (rows.transpose(1, 2) @ rows).mul_(factor)
@@ -37,10 +36,44 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        n, c, height, width = ctx.shape
         with full_precision(gradient.device):
             slope = rows @ (gradient + gradient.transpose(1, 2)).mul_(ctx.factor)
-        return slope.view(n, height, width, c).permute(0, 3, 1, 2), None
+        return _maps(slope, ctx.shape), None
+
+
+class _StyleError(torch.autograd.Function):
+    """(N,) sum_l w_l ||G_l - A_l||^2 of matrices over the number of positions, A symmetric. The slopes 4 w F (G - A) / HW take one product
+    each; all layers are done at once, as many small operations cost more than the products of small layers."""
+
+    @staticmethod
+    def forward(ctx: Any, targets: Sequence[Tensor], factors: Tensor, *features: Tensor) -> Tensor:
+        rows = [_rows(f) for f in features]
+        lacking = [torch.baddbmm(a, r.mT, r, beta=-1, alpha=1 / r.shape[1]) for a, r in zip(targets, rows, strict=True)]
+        ctx.save_for_backward(factors, *rows, *lacking)
+        ctx.shapes = [f.shape for f in features]
+        return torch.stack([torch.linalg.vector_norm(d, dim=(1, 2)) for d in lacking]).square_().mul_(factors).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        factors, *saved = ctx.saved_tensors
+        rows, lacking = saved[: len(ctx.shapes)], saved[len(ctx.shapes) :]
+        with full_precision(gradient.device):
+            scales = (4 * gradient * factors)[:, :, None, None].unbind(0)
+            slopes = [
+                _maps(r @ (d * (scale / r.shape[1])), shape) for r, d, scale, shape in zip(rows, lacking, scales, ctx.shapes, strict=True)
+            ]
+        return None, None, *slopes
+
+
+def _rows(features: Tensor) -> Tensor:
+    """(N, HW, C) of maps (N, C, H, W), no copy of what lies channels last."""
+    n, c, height, width = features.shape
+    return features.permute(0, 2, 3, 1).reshape(n, height * width, c)
+
+
+def _maps(rows: Tensor, shape: torch.Size) -> Tensor:
+    n, c, height, width = shape
+    return rows.view(n, height, width, c).permute(0, 3, 1, 2)
 
 
 def style_error(targets: Mapping[str, Tensor], weights: Sequence[float] = (), form: Form = "relative") -> Objective:
@@ -51,21 +84,17 @@ def style_error(targets: Mapping[str, Tensor], weights: Sequence[float] = (), fo
     """
     if weights and len(weights) != len(targets):
         raise ValueError(f"{len(weights)} weights for {len(targets)} style layers")
-    factors = {
-        layer: share
-        / (
-            target.square().sum((1, 2)).clamp_min(1e-20)
-            if form == "relative"
-            else torch.full_like(target[:, 0, 0], 4.0 * target.shape[1] ** 2)
-        )
-        for (layer, target), share in zip(targets.items(), weights or [1 / len(targets)] * len(targets), strict=True)
-    }
+    wanted = list(targets.values())
+    shares = [
+        share / (a.square().sum((1, 2)).clamp_min(1e-20) if form == "relative" else a.new_full((len(a),), 4.0 * a.shape[1] ** 2))
+        for a, share in zip(wanted, weights or [1 / len(wanted)] * len(wanted), strict=True)
+    ]
+    most = max(len(a) for a in wanted)
+    factors = torch.stack([share.expand(most) for share in shares])  # (L, 1 or N)
 
     def score(outputs: dict[str, Tensor], x: Tensor) -> Tensor:
-        total = x.new_zeros(len(x))
-        for layer, target in targets.items():
-            total = total + factors[layer] * (gram(outputs[layer]) - target).square().sum((1, 2))
-        return total
+        found: Tensor = _StyleError.apply(wanted, factors, *(at_least_single(outputs[layer]) for layer in targets))
+        return found
 
     return Objective(frozenset(targets), score)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from harness import Context
     from harness.models import LoadedModel
+    from harness.optimise import LBFGS
+
+HISTORY = 4
 
 
 def targets_of(model: LoadedModel, images: Tensor, layers: Sequence[str], pooling: str = "max") -> dict[str, Tensor]:
@@ -33,6 +36,14 @@ def features_of(model: LoadedModel, images: Tensor, layer: str, pooling: str = "
         return at_least_single(found)
 
 
+def descent(optimiser: Literal["lbfgs", "adam"]) -> Literal["adam"] | LBFGS:
+    """The rule behind an optimiser's name. Of L-BFGS four changes are remembered: each is read four times a step, and what ten gain, 1 or
+    2 % of the error after 100 steps, is less than the steps that they cost."""
+    from harness.optimise import LBFGS
+
+    return LBFGS(history=HISTORY) if optimiser == "lbfgs" else optimiser
+
+
 def pooled(how: str) -> AbstractContextManager[object]:
     """A context in which max pooling is what `how` says: 'max', or 'average'."""
     if how != "average":
@@ -43,19 +54,43 @@ def pooled(how: str) -> AbstractContextManager[object]:
 
 
 def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: float = 0.75) -> list[str]:
-    """The layers named, or `count` blocks of convolutions over the first part of the network, down to the share `deepest` of its depth."""
-    from harness.errors import NotApplicable
-    from harness_synthesis.blocks import blocks
-
+    """The layers named, or `count` layers spread over the first part of the network, down to the share `deepest` of its depth."""
     if names:
         found = [ctx.model.full_name(n) for n in dict.fromkeys(names)]
     else:
-        every = blocks(ctx.model)
-        if not every:
-            raise NotApplicable(f"needs layers with maps; {ctx.model.name!r} has none before its class scores")
+        every = _cheap(ctx.model)
         last = min(len(every) - 1, max(1, round(deepest * (len(every) - 1))))
         count = min(count, last + 1)
         found = [every[round(i * last / max(1, count - 1))] for i in range(count)]
     for name in found:
         ctx.model.maps_shape(name)
     return list(dict.fromkeys(found))
+
+
+def content_layer(ctx: Context, name: str) -> str:
+    """The layer named, or one at two fifths of the depth."""
+    every = _cheap(ctx.model)
+    found = ctx.model.full_name(name) if name else every[round(0.4 * (len(every) - 1))]
+    ctx.model.maps_shape(found)
+    return found
+
+
+def _cheap(model: LoadedModel) -> list[str]:
+    """Layers that see all that a block of convolutions gives, and whose Gram matrices, C^2 HW multiplications in either direction, cost
+    little beside its convolutions: of SqueezeNet the squeeze layers, an eighth of the channels of what they squeeze; elsewhere the blocks,
+    or the pooling right behind one, with a quarter of its positions (Gatys et al. 2015 take pool1 to pool4)."""
+    from torch import nn
+    from torchvision.models.squeezenet import Fire
+
+    from harness.errors import NotApplicable
+    from harness_synthesis.blocks import blocks
+
+    every = blocks(model)
+    if not every:
+        raise NotApplicable(f"needs layers with maps; {model.name!r} has none before its class scores")
+    fires = [name for name in every if isinstance(model.modules.get(name), Fire)]
+    if fires:
+        return [f"{name}.squeeze_activation" for name in fires]
+    calls = [name for name, _ in model.calls]
+    behind = [calls[calls.index(name) + 1] for name in every]
+    return [b if isinstance(model.modules.get(b), nn.MaxPool2d | nn.AvgPool2d) else name for b, name in zip(behind, every, strict=True)]

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .gram import features_of, pooled, style_layers, targets_of
+from .gram import content_layer, descent, features_of, pooled, style_layers, targets_of
 from .pictures import NAMED, coarse_to_fine, contents, eight_bits, framed, recoloured, resized, tensor_of, unframed
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class StyleTransfer(Technique):
 
     name = "style_transfer"
     family = "style"
-    version = 3
+    version = 4
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -63,8 +63,8 @@ class StyleTransfer(Technique):
     style: tuple[str, ...] = Param(("textures:ihc.png",), min_length=1, description=f"style pictures; each {NAMED}")
     blend: tuple[float, ...] = Param((), description="weights of several styles, whose Gram matrices are averaged; none: all the same")
     preset: Literal["", "vgg19"] = Param("", description="vgg19: layers and pooling of the paper, for a model with VGG-19's layers")
-    content_layer: str = Param("", description="layer of the content; none: a block at two fifths of the depth")
-    style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five blocks over the first three quarters")
+    content_layer: str = Param("", description="layer of the content; none: one at two fifths of the depth")
+    style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five over the first three quarters")
     layer_weights: tuple[float, ...] = Param((), description="w_l of the style layers; none: all the same, summing to 1")
     content_weight: float = Param(1.0, ge=0, description="alpha")
     style_weight: tuple[float, ...] = Param((15.0,), min_length=1, description="beta; several make a row of pictures")
@@ -102,17 +102,13 @@ class StyleTransfer(Technique):
         return Further(pictures=self.style)
 
     def run(self, ctx: Context) -> Result:
-        from harness_synthesis.blocks import blocks
-
         settings = self.model_copy(update=VGG19) if self.preset else self
         layers = style_layers(ctx, settings.style_layers)
         if self.layer_weights and len(self.layer_weights) != len(layers):
             raise ConfigError(
                 f"style_transfer.layer_weights: {len(self.layer_weights)} numbers for {len(layers)} style layers: {', '.join(layers)}"
             )
-        every = blocks(ctx.model)
-        content = ctx.model.full_name(settings.content_layer) if settings.content_layer else every[round(0.4 * (len(every) - 1))]
-        ctx.model.maps_shape(content)
+        content = content_layer(ctx, settings.content_layer)
         styles = [(name, ctx.named_picture(name)) for name in self.style]
         plans = [
             Plan(
@@ -255,7 +251,7 @@ class Transfer:
             start,
             steps=s.steps,
             step_size=s.step_size / 255,
-            rule=s.optimiser,
+            rule=descent(s.optimiser),
             draws=draws,
             operators=[o.Clamp()],
             snapshots=max(1, s.steps // 100),

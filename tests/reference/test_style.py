@@ -31,7 +31,7 @@ from harness_style import (
     SuperResolution,
     WeiLevoyTexture,
 )
-from harness_style.gram import pooled, targets_of
+from harness_style.gram import content_layer, descent, pooled, style_layers, targets_of
 from harness_style.neural_texture import correlation_length
 from harness_style.pictures import framed, recoloured, unframed
 from harness_style.super_resolution import degraded, tiled
@@ -115,6 +115,57 @@ def test_errors_are_none_at_the_source_and_one_of_nothing():
         o.style_error({"a": o.gram(x)}, [1.0, 2.0])
 
 
+@pytest.mark.parametrize("form", ["relative", "absolute"])
+def test_the_slopes_of_several_layers_are_those_of_the_sums_written_out(form):
+    """Layers of different sizes, one target for all pictures and one for each, weights that differ by layer, slopes by picture."""
+    outputs = {"a": features(), "b": features(3)[:, :3, :4], "c": features(5)}
+    targets = {"a": o.gram(features(7)[:1]), "b": o.gram(features(8)[:, :3]), "c": o.gram(features(9))}
+    weights, share = [0.5, 2.0, 0.0], torch.tensor([1.0, -3.0], dtype=torch.float64)
+
+    def written_out(leaves):
+        total = 0
+        for (name, x), weight in zip(leaves.items(), weights, strict=True):
+            flat = x.flatten(2)
+            lacking = flat @ flat.transpose(1, 2) / flat.shape[2] - targets[name]
+            size = targets[name].square().sum((1, 2)) if form == "relative" else 4 * flat.shape[1] ** 2
+            total = total + weight * lacking.square().sum((1, 2)) / size
+        return total
+
+    values, slopes = [], []
+    for score in (lambda leaves: o.style_error(targets, weights, form).score(leaves, leaves["a"]), written_out):
+        leaves = {name: x.clone().requires_grad_() for name, x in outputs.items()}
+        values.append(score(leaves))
+        slopes.append(torch.autograd.grad((share * values[-1]).sum(), list(leaves.values())))
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*slopes, rtol=1e-11, atol=1e-15)
+
+
+def test_layers_are_chosen_whose_gram_matrices_cost_little(squeezenet, registry):
+    """Multiplications of all Gram matrices, as a share of those of the convolutions down to the deepest layer."""
+    for model in (squeezenet, load_model("resnet18@random", registry), load_model("vgg19@random", registry)):
+        shapes = dict(model.calls)
+        ctx = Context(model, images=model.example(), ids=["a"], technique="style_transfer")
+        layers = style_layers(ctx, ())
+        assert len(layers) >= 4
+        assert content_layer(ctx, "") in shapes
+        passed = list(shapes)[: list(shapes).index(layers[-1]) + 1]
+        convolutions = sum(
+            model.modules[n].weight.numel() // model.modules[n].groups * shapes[n][2] * shapes[n][3]
+            for n in passed
+            if isinstance(model.modules.get(n), nn.Conv2d)
+        )
+        grams = sum(shapes[n][1] ** 2 * shapes[n][2] * shapes[n][3] for n in layers)
+        assert grams < (0.02 if model is squeezenet else 0.1) * convolutions
+    ctx = Context(squeezenet, images=squeezenet.example(), ids=["a"], technique="style_transfer")
+    assert style_layers(ctx, ())[0] == "features.3.squeeze_activation"
+    assert content_layer(ctx, "features.6") == "features.6"
+    with pytest.raises(ConfigError, match="no_such"):
+        content_layer(ctx, "no_such")
+    resnet = load_model("resnet18@random", registry)
+    ctx = Context(resnet, images=resnet.example(), ids=["a"], technique="style_transfer")
+    assert style_layers(ctx, ())[0] == "maxpool"
+
+
 def test_the_technique_shows_what_it_says(small, registry):
     data = load_dataset("textures", registry).select(2)
     result = run_once(GramMatrix(), small, data)
@@ -195,7 +246,7 @@ def test_without_a_style_it_is_the_content_and_without_content_a_texture(small, 
         start,
         steps=12,
         step_size=5 / 255,
-        rule="lbfgs",
+        rule=descent("lbfgs"),
         draws=draws,
         operators=[o.Clamp()],
     )
