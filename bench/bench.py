@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
 from style_peers import HISTORY, PACES, own_layout, peers
@@ -514,14 +515,14 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     """A step of style transfer (content, five style layers, total variation, L-BFGS) against one forward and backward pass to the
     deepest layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of the technique's own size."""
     from harness import optimise as o
-    from harness_style.gram import content_layer, descent, style_layers, targets_of
+    from harness_style.gram import content_layer, descent, pooled, style_layers, targets_of
 
     images = torch.rand((1, 3, 288, 384), generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     ctx = context(model, images, "style_transfer", 1)
     layers, content = style_layers(ctx, ()), content_layer(ctx, "")
     with torch.no_grad():
         features = model.activations(images.flip(2), [content])[content]
-    targets = targets_of(model, images.flip(3), layers)
+    targets, averages = (targets_of(model, images.flip(3), layers, pooling) for pooling in ("max", "average"))
     size = features.square().sum()
 
     def passes(steps: int) -> None:
@@ -531,9 +532,21 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
 
     objective = -o.content_error(content, features) - 15 * o.style_error(targets) - (50 / images[0].numel()) * o.total_variation()
 
-    def ours(steps: int, rule: str) -> None:
+    def ours(steps: int, rule: Literal["lbfgs", "adam"]) -> None:
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
         o.ascend(model, objective, images, steps=steps, step_size=0.02, rule=descent(rule), draws=draws, operators=[o.Clamp()])
+
+    def texture(steps: int) -> None:
+        """The Gram matrices alone, with average pooling, as neural_texture descends."""
+        draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
+        o.ascend(
+            model, -o.style_error(averages), images, steps=steps, step_size=0.02, rule=descent("lbfgs"), draws=draws, operators=[o.Clamp()],
+            during=lambda _: pooled("average"),
+        )  # fmt: skip
+
+    def averaged(steps: int) -> None:
+        with pooled("average"):
+            passes(steps)
 
     def plain(steps: int) -> None:
         """As it is commonly written: squared errors of Gram matrices, torch's own L-BFGS, one evaluation a step."""
@@ -563,6 +576,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     pairs: dict[str, tuple[Work, Work]] = {
         "a step of style transfer, L-BFGS / forward and backward to the deepest layer": (lbfgs, bare),
         "a step of style transfer, Adam / forward and backward to the deepest layer": (adam, bare),
+        "a step of neural_texture, L-BFGS / forward and backward to the deepest layer": (partial(texture, steps), partial(averaged, steps)),
         "a step of style transfer / a plain loop with torch's L-BFGS": (lbfgs, partial(plain, steps)),
         **{f"a step of style transfer / {name}": (lbfgs, partial(go, steps)) for name, go in others.items()},
     }
