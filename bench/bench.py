@@ -519,16 +519,17 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
 
     images = torch.rand((1, 3, 288, 384), generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     ctx = context(model, images, "style_transfer", 1)
-    layers, content = style_layers(ctx, ()), content_layer(ctx, "")
+    layers, content = style_layers(ctx, (), cheap=True), content_layer(ctx, "")
+    whole = style_layers(ctx, ())  # which textures are matched at
     with torch.no_grad():
         features = model.activations(images.flip(2), [content])[content]
-    targets, averages = (targets_of(model, images.flip(3), layers, pooling) for pooling in ("max", "average"))
+    targets, averages = targets_of(model, images.flip(3), layers), targets_of(model, images.flip(3), whole, "average")
     size = features.square().sum()
 
-    def passes(steps: int) -> None:
+    def passes(steps: int, deepest: str = layers[-1]) -> None:
         for _ in range(steps):
             leaf = images.detach().requires_grad_()
-            torch.autograd.grad(model.activations(leaf, [layers[-1]])[layers[-1]].sum(), leaf)
+            torch.autograd.grad(model.activations(leaf, [deepest])[deepest].sum(), leaf)
 
     objective = -o.content_error(content, features) - 15 * o.style_error(targets) - (50 / images[0].numel()) * o.total_variation()
 
@@ -546,7 +547,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
 
     def averaged(steps: int) -> None:
         with pooled("average"):
-            passes(steps)
+            passes(steps, whole[-1])
 
     def plain(steps: int) -> None:
         """As it is commonly written: squared errors of Gram matrices, torch's own L-BFGS, one evaluation a step."""

@@ -36,9 +36,11 @@ def command(state: State, folder: Path, tolerance: float, device: str | None) ->
         content = json.loads(path.read_text(encoding="utf-8"))
         claims = content["runs"]
         specs = [RunSpec.model_validate(claim["spec"]) for claim in claims]
+        for claim in claims:
+            differences(claim, claim, tolerance)  # which reads all that is compared once the runs are done
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name the folder of a report that has report.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a report of this harness ({type(error).__name__})") from None
     named = list(dict.fromkeys(str(name) for claim in claims for name in claim.get("registries", ())))
     if named and not state.registries:

@@ -53,12 +53,13 @@ def pooled(how: str) -> AbstractContextManager[object]:
     return AveragePooling()
 
 
-def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: float = 0.75) -> list[str]:
-    """The layers named, or `count` layers spread over the first part of the network, down to the share `deepest` of its depth."""
+def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: float = 0.75, cheap: bool = False) -> list[str]:
+    """The layers named, or `count` blocks of convolutions spread over the first part of the network, down to the share `deepest` of its
+    depth; `cheap`: of these the layers whose Gram matrices cost little."""
     if names:
         found = [ctx.model.full_name(n) for n in dict.fromkeys(names)]
     else:
-        every = _cheap(ctx.model)
+        every = _layers(ctx.model, cheap)
         last = min(len(every) - 1, max(1, round(deepest * (len(every) - 1))))
         count = min(count, last + 1)
         found = [every[round(i * last / max(1, count - 1))] for i in range(count)]
@@ -69,16 +70,16 @@ def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: fl
 
 def content_layer(ctx: Context, name: str) -> str:
     """The layer named, or one at two fifths of the depth."""
-    every = _cheap(ctx.model)
+    every = _layers(ctx.model, cheap=True)
     found = ctx.model.full_name(name) if name else every[round(0.4 * (len(every) - 1))]
     ctx.model.maps_shape(found)
     return found
 
 
-def _cheap(model: LoadedModel) -> list[str]:
-    """Layers that see all that a block of convolutions gives, and whose Gram matrices, C^2 HW multiplications in either direction, cost
-    little beside its convolutions: of SqueezeNet the squeeze layers, an eighth of the channels of what they squeeze; elsewhere the blocks,
-    or the pooling right behind one, with a quarter of its positions (Gatys et al. 2015 take pool1 to pool4)."""
+def _layers(model: LoadedModel, cheap: bool) -> list[str]:
+    """Blocks of convolutions; or layers that see all that a block gives, and whose Gram matrices, C^2 HW multiplications in either
+    direction, cost little beside its convolutions: of SqueezeNet the squeeze layers, an eighth of the channels of what they squeeze;
+    elsewhere the blocks, or the pooling right behind one, with a quarter of its positions (Gatys et al. 2015 take pool1 to pool4)."""
     from torch import nn
     from torchvision.models.squeezenet import Fire
 
@@ -88,6 +89,8 @@ def _cheap(model: LoadedModel) -> list[str]:
     every = blocks(model)
     if not every:
         raise NotApplicable(f"needs layers with maps; {model.name!r} has none before its class scores")
+    if not cheap:
+        return every
     fires = [name for name in every if isinstance(model.modules.get(name), Fire)]
     if fires:
         return [f"{name}.squeeze_activation" for name in fires]

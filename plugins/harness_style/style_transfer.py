@@ -103,7 +103,7 @@ class StyleTransfer(Technique):
 
     def run(self, ctx: Context) -> Result:
         settings = self.model_copy(update=VGG19) if self.preset else self
-        layers = style_layers(ctx, settings.style_layers)
+        layers = style_layers(ctx, settings.style_layers, cheap=True)
         if self.layer_weights and len(self.layer_weights) != len(layers):
             raise ConfigError(
                 f"style_transfer.layer_weights: {len(self.layer_weights)} numbers for {len(layers)} style layers: {', '.join(layers)}"

@@ -104,6 +104,9 @@ def test_audit_report_and_verify(cli, tmp_path):
     claims["runs"][0]["metrics"][0]["value"] += 0.5
     (tmp_path / "a" / "report.json").write_text(json.dumps(claims))
     assert "differs: confidence was" in cli("verify", "a", code=1)[0]
+    del claims["runs"][-1]["status"]
+    (tmp_path / "a" / "report.json").write_text(json.dumps(claims))
+    assert "not a report of this harness (KeyError)" in cli("verify", "a", code=2)[1]
 
 
 def test_verify_notices_other_data_weights_and_numbers():
