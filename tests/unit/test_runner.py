@@ -558,6 +558,26 @@ def test_runs_without_their_experiment_can_be_reported(go, own_state):
     assert [r.record.run_id for r in runs] == [outcomes[0].run.record.run_id]
 
 
+def test_a_list_of_runs_that_waits_alone_is_sent(go, own_state):
+    """Its runs got through, and then the server went away."""
+    from harness.experiment import Experiment
+    from harness.runner import Session
+    from harness.tracking import sync
+
+    session, _ = go(probe(), uri="http://127.0.0.1:9")
+    (path,) = (own_state / "spool").glob("*/*.json")
+    text = path.read_bytes()
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    assert sync(tracker, session) == 1
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(text)
+    later = Session(Experiment("runs", ()), own_state)
+    assert later.spool.waiting()
+    assert sync(tracker, later) == 0
+    assert not later.spool.waiting()
+    assert not path.exists()
+
+
 def test_the_spool_of_a_process_that_lives_is_left_alone(go, own_state):
     """A folder whose owner holds its lock is not read; once the owner is gone it is taken over."""
     import fcntl
