@@ -541,7 +541,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
         """The Gram matrices alone, with average pooling, as neural_texture descends."""
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
         o.ascend(
-            model, -o.style_error(averages), images, steps=steps, step_size=0.02, rule=descent("lbfgs"), draws=draws, operators=[o.Clamp()],
+            model, -o.style_error(averages), images, steps=steps, step_size=0.02, rule="lbfgs", draws=draws, operators=[o.Clamp()],
             during=lambda _: pooled("average"),
         )  # fmt: skip
 

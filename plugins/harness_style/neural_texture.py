@@ -6,7 +6,7 @@ import numpy as np
 
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .gram import descent, pooled, style_layers, targets_of
+from .gram import pooled, style_layers, targets_of
 from .pictures import coarse_to_fine, eight_bits, framed, resized, tensor_of, unframed
 from .style_transfer import LEAST, flat, refusal
 
@@ -135,7 +135,7 @@ class NeuralTexture(Technique):
                 start,
                 steps=self.steps,
                 step_size=self.step_size / 255,
-                rule=descent(self.optimiser),
+                rule=self.optimiser,
                 draws=draws,
                 operators=[o.Clamp()],
                 snapshots=min(3, max(1, self.steps // 20)),
