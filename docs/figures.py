@@ -115,9 +115,7 @@ def saliency(registry: Registry) -> None:
     some = load_dataset("snow_test", registry).select(60)
     tiles = []
     for name in ("snow_cnn", "snow_control_cnn"):
-        result = run_once(
-            BiasProbe(techniques=("occlusion", "expected_gradients"), pictures=2), load_model(name, registry), some, max_batch=64
-        )
+        result = run_once(BiasProbe(techniques=("occlusion", "saliency"), pictures=2), load_model(name, registry), some, max_batch=64)
         found = {a.name: a for a in result.artifacts}
         changed = found["cue_changed"].data[:2]
         tiles += [colour.enlarge(colour.picture(p), 128) for p in changed]

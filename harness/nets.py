@@ -51,9 +51,13 @@ class DigitsCNN(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """Three convolutions with max pooling and one linear layer; for pictures of about 32 x 32."""
+    """Three convolutions with max pooling and one linear layer; for pictures of about 32 x 32.
 
-    def __init__(self, channels: int = 3, size: int = 32, width: int = 12, classes: int = 2) -> None:
+    `zero_init`: the linear layer starts at zero. Cross-entropy sees only differences between logits, so what random numbers give to
+    all of them alike would stay, and show in the gradients of a single one.
+    """
+
+    def __init__(self, channels: int = 3, size: int = 32, width: int = 12, classes: int = 2, zero_init: bool = False) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
@@ -66,7 +70,10 @@ class SmallCNN(nn.Module):
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
         )
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(4 * width * (size // 8) ** 2, classes))
+        last = nn.Linear(4 * width * (size // 8) ** 2, classes)
+        if zero_init:
+            nn.init.zeros_(last.weight)
+        self.classifier = nn.Sequential(nn.Flatten(), last)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, classes)
         return self.classifier(self.features(x))

@@ -32,7 +32,7 @@ def probe(name, data, registry, **params):
 @pytest.mark.slow
 def test_the_snow_is_found_and_the_control_is_cleared(registry, snow):
     """At correlation 0.95 at least half of the map lies on the cue and swapping it flips nine in ten; with the control neither."""
-    maps = ("occlusion", "grad_cam", "expected_gradients")
+    maps = ("occlusion", "grad_cam", "expected_gradients", "saliency", "smoothgrad", "integrated_gradients", "guided_backprop")
     data = snow.select(60)
     leaning, found = probe("snow_cnn", data, registry, techniques=maps)
     control, clean = probe("snow_control_cnn", data, registry, techniques=maps)
