@@ -515,39 +515,30 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     """A step of style transfer (content, five style layers, total variation, L-BFGS) against one forward and backward pass to the
     deepest layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of the technique's own size."""
     from harness import optimise as o
-    from harness_style.gram import content_layer, descent, pooled, style_layers, targets_of
+    from harness_style.gram import content_layer, descent, falling, features_of, pooled, style_layers, targets_of
 
     images = torch.rand((1, 3, 288, 384), generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     ctx = context(model, images, "style_transfer", 1)
-    layers, content = style_layers(ctx, (), cheap=True), content_layer(ctx, "")
-    whole = style_layers(ctx, ())  # which textures are matched at
-    with torch.no_grad():
-        features = model.activations(images.flip(2), [content])[content]
-    targets, averages = targets_of(model, images.flip(3), layers), targets_of(model, images.flip(3), whole, "average")
+    layers, content = style_layers(ctx, ()), content_layer(ctx, "")
+    weights = falling(len(layers))
+    features = features_of(model, images.flip(2), content, "average")
+    targets = targets_of(model, images.flip(3), layers, "average")
     size = features.square().sum()
 
-    def passes(steps: int, deepest: str = layers[-1]) -> None:
-        for _ in range(steps):
-            leaf = images.detach().requires_grad_()
-            torch.autograd.grad(model.activations(leaf, [deepest])[deepest].sum(), leaf)
+    def passes(steps: int) -> None:
+        with pooled("average"):
+            for _ in range(steps):
+                leaf = images.detach().requires_grad_()
+                torch.autograd.grad(model.activations(leaf, [layers[-1]])[layers[-1]].sum(), leaf)
 
-    objective = -o.content_error(content, features) - 15 * o.style_error(targets) - (50 / images[0].numel()) * o.total_variation()
+    transfer = -o.content_error(content, features) - 40 * o.style_error(targets, weights) - (50 / images[0].numel()) * o.total_variation()
 
-    def ours(steps: int, rule: Literal["lbfgs", "adam"]) -> None:
-        draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
-        o.ascend(model, objective, images, steps=steps, step_size=0.02, rule=descent(rule), draws=draws, operators=[o.Clamp()])
-
-    def texture(steps: int) -> None:
-        """The Gram matrices alone, with average pooling, as neural_texture descends."""
+    def ours(steps: int, objective: o.Objective, rule: Literal["adam"] | o.LBFGS) -> None:
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
         o.ascend(
-            model, -o.style_error(averages), images, steps=steps, step_size=0.02, rule="lbfgs", draws=draws, operators=[o.Clamp()],
+            model, objective, images, steps=steps, step_size=0.02, rule=rule, draws=draws, operators=[o.Clamp()],
             during=lambda _: pooled("average"),
         )  # fmt: skip
-
-    def averaged(steps: int) -> None:
-        with pooled("average"):
-            passes(steps, whole[-1])
 
     def plain(steps: int) -> None:
         """As it is commonly written: squared errors of Gram matrices, torch's own L-BFGS, one evaluation a step."""
@@ -558,26 +549,28 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
             optimiser.zero_grad()
             found = model.activations(x.clamp(0, 1), [*layers, content])
             total = (found[content] - features).square().sum() / size
-            for layer in layers:
+            for layer, weight in zip(layers, weights, strict=True):
                 flat = found[layer].flatten(2)
                 made = flat @ flat.transpose(1, 2) / flat.shape[2]
-                total = total + 15 / len(layers) * (made - targets[layer]).square().sum() / targets[layer].square().sum()
+                total = total + 40 * weight * (made - targets[layer]).square().sum() / targets[layer].square().sum()
             total = total + 50 / x[0].numel() * (
                 (x[..., 1:] - x[..., :-1]).square().sum() + (x[..., 1:, :] - x[..., :-1, :]).square().sum()
             )
             total.backward()
             return total
 
-        for _ in range(steps):
-            optimiser.step(loss)
+        with pooled("average"):
+            for _ in range(steps):
+                optimiser.step(loss)
 
     others = peers(model, images, images.flip(3), layers, content)
     steps = 16
-    lbfgs, adam, bare = partial(ours, steps, "lbfgs"), partial(ours, steps, "adam"), partial(passes, steps)
+    lbfgs, adam = (partial(ours, steps, transfer, descent(name)) for name in ("lbfgs", "adam"))
+    texture, bare = partial(ours, steps, -o.style_error(targets), o.LBFGS()), partial(passes, steps)
     pairs: dict[str, tuple[Work, Work]] = {
         "a step of style transfer, L-BFGS / forward and backward to the deepest layer": (lbfgs, bare),
         "a step of style transfer, Adam / forward and backward to the deepest layer": (adam, bare),
-        "a step of neural_texture, L-BFGS / forward and backward to the deepest layer": (partial(texture, steps), partial(averaged, steps)),
+        "a step of neural_texture, L-BFGS / forward and backward to the deepest layer": (texture, bare),
         "a step of style transfer / a plain loop with torch's L-BFGS": (lbfgs, partial(plain, steps)),
         **{f"a step of style transfer / {name}": (lbfgs, partial(go, steps)) for name, go in others.items()},
     }

@@ -1,7 +1,7 @@
 """A step of style transfer as pystiche 1.0.1 and neural-style 0.5.7 make it, where they are installed; neither is kept up any more.
 
-Both get the network in torch's own layout behind its normalisation, the same layers and weights, and torch's L-BFGS with the history
-that ours has, one evaluation a step.
+Both get the network in torch's own layout behind its normalisation, with means in place of maxima, the same layers and weights, and
+torch's L-BFGS with the history that ours has, one evaluation a step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.squeezenet import Fire
 
 from harness.models import LoadedModel
+from harness_style.gram import falling
 
 HISTORY = 4
 PACES: list[float] = []  # when passes of these networks began
@@ -52,12 +53,19 @@ class Expand(nn.Module):
         return torch.cat([fire.expand1x1_activation(fire.expand1x1(x)), fire.expand3x3_activation(fire.expand3x3(x))], 1)
 
 
+def averaging(module: nn.Module) -> nn.Module:
+    """A mean over the same windows in place of a max pooling."""
+    if not isinstance(module, nn.MaxPool2d):
+        return module
+    return nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode, count_include_pad=False)
+
+
 def chain(model: LoadedModel, layers: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """The network down to the last of the layers as modules one after the other, by their dotted names."""
 
     def parts(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         if not any(layer.startswith(f"{name}.") for layer in layers):
-            return [(name, module)]
+            return [(name, averaging(module))]
         if isinstance(module, Fire):
             return [(f"{name}.squeeze", module.squeeze), (f"{name}.squeeze_activation", module.squeeze_activation), (name, Expand(module))]
         return [part for n, child in module.named_children() for part in parts(f"{name}.{n}", child)]
@@ -96,7 +104,7 @@ def _pystiche(modules: list[tuple[str, nn.Module]], picture: Tensor, style: Tens
     criterion = loss.PerceptualLoss(
         loss.FeatureReconstructionLoss(encoder.extract_encoder(content.replace(".", "_"))),
         loss.MultiLayerEncodingLoss(
-            encoder, names, lambda e, weight: loss.GramLoss(e, score_weight=weight), layer_weights="mean", score_weight=15.0
+            encoder, names, lambda e, weight: loss.GramLoss(e, score_weight=weight), layer_weights=falling(len(names)), score_weight=40.0
         ),
         loss.TotalVariationLoss(score_weight=0.5),
     )
@@ -128,7 +136,7 @@ def _neural_style(modules: list[tuple[str, nn.Module]], picture: Tensor, style: 
             contents.append(ContentLoss(1.0))
             net.append(contents[-1])
         if name in layers:
-            styles.append(StyleLoss(15.0 / len(layers)))
+            styles.append(StyleLoss(40.0 * falling(len(layers))[layers.index(name)]))
             net.append(styles[-1])
     with torch.no_grad():
         for losses, seen in ((contents, picture), (styles, style)):

@@ -53,13 +53,12 @@ def pooled(how: str) -> AbstractContextManager[object]:
     return AveragePooling()
 
 
-def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: float = 0.75, cheap: bool = False) -> list[str]:
-    """The layers named, or `count` blocks of convolutions spread over the first part of the network, down to the share `deepest` of its
-    depth; `cheap`: of these the layers whose Gram matrices cost little."""
+def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: float = 0.75) -> list[str]:
+    """The layers named, or `count` spread over the first part of the network, down to the share `deepest` of its depth."""
     if names:
         found = [ctx.model.full_name(n) for n in dict.fromkeys(names)]
     else:
-        every = _layers(ctx.model, cheap)
+        every = _layers(ctx.model)
         last = min(len(every) - 1, max(1, round(deepest * (len(every) - 1))))
         count = min(count, last + 1)
         found = [every[round(i * last / max(1, count - 1))] for i in range(count)]
@@ -68,21 +67,28 @@ def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: fl
     return list(dict.fromkeys(found))
 
 
+def falling(count: int) -> tuple[float, ...]:
+    """Weights of `count` layers that fall evenly from the first to the last, their sum 1."""
+    total = count * (count + 1) / 2
+    return tuple((count - i) / total for i in range(count))
+
+
 def content_layer(ctx: Context, name: str) -> str:
     """The layer named, or one at two fifths of the depth."""
     if name:
         found = ctx.model.full_name(name)
     else:
-        every = _layers(ctx.model, cheap=True)
+        every = _layers(ctx.model)
         found = every[round(0.4 * (len(every) - 1))]
     ctx.model.maps_shape(found)
     return found
 
 
-def _layers(model: LoadedModel, cheap: bool) -> list[str]:
-    """Blocks of convolutions; or layers that see all that a block gives, and whose Gram matrices, C^2 HW multiplications in either
-    direction, cost little beside its convolutions: of SqueezeNet the squeeze layers, an eighth of the channels of what they squeeze;
-    elsewhere the blocks, or the pooling right behind one, with a quarter of its positions (Gatys et al. 2015 take pool1 to pool4)."""
+def _layers(model: LoadedModel) -> list[str]:
+    """The first block of convolutions, which has the grain (gravel has no stones without it), and of each further one a layer that sees
+    all it gives and whose Gram matrix, C^2 HW multiplications in either direction, costs less beside its convolutions: the pooling right
+    behind it, with a quarter of its positions (Gatys et al. 2015 take pool1 to pool4); else of a Fire module the squeeze layer, which has
+    an eighth of the channels of what it squeezes; else the block."""
     from torch import nn
     from torchvision.models.squeezenet import Fire
 
@@ -92,11 +98,12 @@ def _layers(model: LoadedModel, cheap: bool) -> list[str]:
     every = blocks(model)
     if not every:
         raise NotApplicable(f"needs layers with maps; {model.name!r} has none before its class scores")
-    if not cheap:
-        return every
-    fires = [name for name in every if isinstance(model.modules.get(name), Fire)]
-    if fires:
-        return [f"{name}.squeeze_activation" for name in fires]
     calls = [name for name, _ in model.calls]
-    behind = [calls[calls.index(name) + 1] for name in every]
-    return [b if isinstance(model.modules.get(b), nn.MaxPool2d | nn.AvgPool2d) else name for b, name in zip(behind, every, strict=True)]
+
+    def cheap(name: str) -> str:
+        behind = calls[calls.index(name) + 1]
+        if isinstance(model.modules.get(behind), nn.MaxPool2d | nn.AvgPool2d):
+            return behind
+        return f"{name}.squeeze_activation" if isinstance(model.modules.get(name), Fire) else name
+
+    return [every[0], *(cheap(name) for name in every[1:])]

@@ -25,6 +25,7 @@ class GramMatrix(Technique):
 
     name = "gram_matrix"
     family = "style"
+    version = 2
     paper = Paper("Gatys, Ecker, Bethge", 2015, "Texture Synthesis Using Convolutional Neural Networks", arxiv="1505.07376")
     needs = frozenset({"images", "conv"})
     reading = (
@@ -34,7 +35,7 @@ class GramMatrix(Technique):
     caveats = "A matrix of one layer; positions at the border see padding. Times are of one run on a shared machine."
     audit = {"full": {"layers": ()}}
 
-    layers: tuple[str, ...] = Param((), description="layers; none: three blocks over the first three quarters")
+    layers: tuple[str, ...] = Param((), description="layers; none: three over the first three quarters")
     divisor: Literal["hw", "chw", "none"] = Param(
         "hw", description="what the sums are divided by: positions, positions and channels, nothing"
     )

@@ -28,7 +28,7 @@ class NeuralTexture(Technique):
 
     name = "neural_texture"
     family = "style"
-    version = 4
+    version = 5
     paper = Paper("Gatys, Ecker, Bethge", 2015, "Texture Synthesis Using Convolutional Neural Networks", arxiv="1505.07376")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -38,7 +38,7 @@ class NeuralTexture(Technique):
     )
     caveats = "Textures with long lines or exact repeats are not held by averages over positions; of a photograph it makes a jumble."
 
-    layers: tuple[str, ...] = Param((), description="layers, from early to late; none: five blocks over the first three quarters")
+    layers: tuple[str, ...] = Param((), description="layers, from early to late; none: five over the first three quarters")
     depths: int = Param(3, ge=1, le=20, description="how many depths are shown, the deepest with all layers")
     steps: int = Param(150, ge=0, le=100_000, description="steps of L-BFGS, or of Adam, at each size")
     coarse: int = Param(1, ge=0, le=6, description="how many smaller sizes, each half of the next, come before the full one")

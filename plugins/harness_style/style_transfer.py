@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -8,7 +9,7 @@ from pydantic import model_validator
 
 from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .gram import content_layer, descent, features_of, pooled, style_layers, targets_of
+from .gram import content_layer, descent, falling, features_of, pooled, style_layers, targets_of
 from .pictures import NAMED, coarse_to_fine, contents, eight_bits, framed, recoloured, resized, tensor_of, unframed
 
 if TYPE_CHECKING:
@@ -42,15 +43,16 @@ class StyleTransfer(Technique):
     ||A_l||^2 + gamma TV(x), F being a layer's output, P that of the content picture, G_l Gram matrices, A_l those of the style (Gatys et
     al. 2016, CVPR; arXiv:1508.06576).
 
-    Both errors are relative here, so that one set of weights serves networks and layers of any scale; `form=absolute` has the paper's
-    sums. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked
-    on one by one and whole: memory grows with their size, as the Gram matrices of all positions are needed at once. Cost: one forward and
-    one backward pass to the deepest layer a step.
+    Both errors are relative here, so that one set of weights serves networks and layers of any scale; where the content's own Gram
+    matrices are further from the style's than ||A_l||, that distance takes the place of ||A_l||. `form=absolute` has the paper's sums.
+    Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on one
+    by one and whole: memory grows with their size, as the Gram matrices of all positions are needed at once. Cost: one forward and one
+    backward pass to the deepest layer a step.
     """
 
     name = "style_transfer"
     family = "style"
-    version = 4
+    version = 5
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -65,20 +67,20 @@ class StyleTransfer(Technique):
     preset: Literal["", "vgg19"] = Param("", description="vgg19: layers and pooling of the paper, for a model with VGG-19's layers")
     content_layer: str = Param("", description="layer of the content; none: one at two fifths of the depth")
     style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five over the first three quarters")
-    layer_weights: tuple[float, ...] = Param((), description="w_l of the style layers; none: all the same, summing to 1")
+    layer_weights: tuple[float, ...] = Param((), description="w_l of the style layers; none: evenly falling, as the preset all the same; their sum is 1")
     content_weight: float = Param(1.0, ge=0, description="alpha")
-    style_weight: tuple[float, ...] = Param((15.0,), min_length=1, description="beta; several make a row of pictures")
+    style_weight: tuple[float, ...] = Param((40.0,), min_length=1, description="beta; several make a row of pictures")
     tv_weight: float = Param(0.5, ge=0, description="gamma; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
         (1.0,), min_length=1, description="size of the style picture against the content's; several: a row"
     )
     form: Literal["relative", "absolute"] = Param("relative", description="errors as shares, or the paper's sums")
-    pooling: Literal["max", "average"] = Param("max", description="average: means in place of max pooling, as in the paper")
+    pooling: Literal["max", "average"] = Param("average", description="average: means in place of max pooling, as in the paper")
     start: Literal["content", "noise"] = Param("content", description="what descent starts from")
     optimiser: Literal["lbfgs", "adam"] = Param("lbfgs", description="L-BFGS, or Adam with `step_size`")
     step_size: float = Param(5.0, gt=0, description="size of Adam's steps, of the first of L-BFGS, in 255ths")
     steps: int = Param(200, ge=0, le=100_000, description="steps at the full size")
-    coarse: int = Param(1, ge=0, le=6, description="how many smaller sizes, each half of the next, come before it, with as many steps")
+    coarse: int = Param(2, ge=0, le=6, description="how many smaller sizes, each half of the next, come before it, with as many steps")
     size: int = Param(384, ge=8, le=8192, description="longer side of the pictures")
     colours: Literal["style", "content"] = Param("style", description="content: the lightness of the result with the picture's own colours")
     dream: float = Param(0.0, ge=0, description="weight of a layer's squared norm, which makes it dream on top")
@@ -103,8 +105,11 @@ class StyleTransfer(Technique):
 
     def run(self, ctx: Context) -> Result:
         settings = self.model_copy(update=VGG19) if self.preset else self
-        layers = style_layers(ctx, settings.style_layers, cheap=True)
-        if self.layer_weights and len(self.layer_weights) != len(layers):
+        layers = style_layers(ctx, settings.style_layers)
+        if not self.layer_weights:  # the paper's are all the same
+            weights = (1 / len(layers),) * len(layers) if self.preset else falling(len(layers))
+            settings = settings.model_copy(update={"layer_weights": weights})
+        elif len(self.layer_weights) != len(layers):
             raise ConfigError(
                 f"style_transfer.layer_weights: {len(self.layer_weights)} numbers for {len(layers)} style layers: {', '.join(layers)}"
             )
@@ -287,7 +292,10 @@ class Transfer:
             objective = objective - s.content_weight * o.content_error(self.content, features, s.form)
         if self.plan.style_weight:
             targets = self.style_targets(side, self.layers)
-            objective = objective - self.plan.style_weight * o.style_error(targets, s.layer_weights, s.form)
+            weights = s.layer_weights
+            if s.content_weight and s.form == "relative":
+                weights = self._eased(weights, targets, target)
+            objective = objective - self.plan.style_weight * o.style_error(targets, weights, s.form)
         if s.tv_weight:
             objective = objective - (s.tv_weight / target[0].numel() * 100) * o.total_variation()
         if s.dream:
@@ -296,6 +304,13 @@ class Transfer:
             size = features_of(ctx.model, target, layer, s.pooling).square().sum()
             objective = objective + (2 * s.dream / float(size)) * o.layer_norm(layer)
         return objective
+
+    def _eased(self, weights: Sequence[float], targets: dict[str, Tensor], content: Tensor) -> list[float]:
+        """The weights of errors that are shares of ||A_l||^2, less where the content's own Gram matrices are further from A_l than that:
+        of a style that is much fainter than the content nothing but the style would be left."""
+        own = targets_of(self.ctx.model, content, self.layers, self.settings.pooling)
+        away = [float((own[n] - a).square().sum() / a.square().sum().clamp_min(1e-20)) for n, a in targets.items()]
+        return [w / max(1.0, d) for w, d in zip(weights, away, strict=True)]
 
     def _errors(self, image: Tensor, picture: Tensor) -> tuple[float, float]:
         """(style, content) relative errors of the finished picture, each style layer counting the same."""

@@ -31,7 +31,7 @@ from harness_style import (
     SuperResolution,
     WeiLevoyTexture,
 )
-from harness_style.gram import content_layer, descent, pooled, style_layers, targets_of
+from harness_style.gram import content_layer, descent, falling, pooled, style_layers, targets_of
 from harness_style.neural_texture import correlation_length
 from harness_style.pictures import framed, recoloured, unframed
 from harness_style.super_resolution import degraded, tiled
@@ -140,12 +140,12 @@ def test_the_slopes_of_several_layers_are_those_of_the_sums_written_out(form):
     torch.testing.assert_close(*slopes, rtol=1e-11, atol=1e-15)
 
 
-def test_layers_are_chosen_whose_gram_matrices_cost_little(squeezenet, registry):
+def test_layers_are_chosen_whose_gram_matrices_cost_less_than_the_passes(squeezenet, registry):
     """Multiplications of all Gram matrices, as a share of those of the convolutions down to the deepest layer."""
     for model in (squeezenet, load_model("resnet18@random", registry), load_model("vgg19@random", registry)):
         shapes = dict(model.calls)
         ctx = Context(model, images=model.example(), ids=["a"], technique="style_transfer")
-        layers = style_layers(ctx, (), cheap=True)
+        layers = style_layers(ctx, ())
         assert len(layers) >= 4
         assert content_layer(ctx, "") in shapes
         passed = list(shapes)[: list(shapes).index(layers[-1]) + 1]
@@ -155,16 +155,17 @@ def test_layers_are_chosen_whose_gram_matrices_cost_little(squeezenet, registry)
             if isinstance(model.modules.get(n), nn.Conv2d)
         )
         grams = sum(shapes[n][1] ** 2 * shapes[n][2] * shapes[n][3] for n in layers)
-        assert grams < (0.02 if model is squeezenet else 0.1) * convolutions
+        assert grams < (0.45 if model is squeezenet else 0.25) * convolutions
     ctx = Context(squeezenet, images=squeezenet.example(), ids=["a"], technique="style_transfer")
-    assert style_layers(ctx, (), cheap=True)[0] == "features.3.squeeze_activation"
-    assert style_layers(ctx, ()) == ["features.1", "features.4", "features.6", "features.7", "features.10"]
+    squeezed = [f"features.{i}.squeeze_activation" for i in (6, 10)]
+    assert style_layers(ctx, ()) == ["features.1", "features.5", squeezed[0], "features.8", squeezed[1]]  # 5 and 8 are poolings
     assert content_layer(ctx, "features.6") == "features.6"
     with pytest.raises(ConfigError, match="no_such"):
         content_layer(ctx, "no_such")
-    resnet = load_model("resnet18@random", registry)
-    ctx = Context(resnet, images=resnet.example(), ids=["a"], technique="style_transfer")
-    assert style_layers(ctx, (), cheap=True)[0] == "maxpool"
+    vgg = load_model("vgg19@random", registry)
+    ctx = Context(vgg, images=vgg.example(), ids=["a"], technique="style_transfer")
+    assert style_layers(ctx, (), 2, 1.0) == ["features.1", "features.36"]  # relu1_1 and pool5
+    assert falling(3) == pytest.approx((1 / 2, 1 / 3, 1 / 6))
 
 
 def test_the_technique_shows_what_it_says(small, registry):
@@ -237,19 +238,21 @@ def test_without_a_style_it_is_the_content_and_without_content_a_texture(small, 
     # The same descent by the loop alone.
     ctx = context(small, photos)
     layers = ["features.1", "features.4", "features.7"]
-    chosen = run_once(quick(content_weight=0, tv_weight=0, start="noise", style_weight=(1.0,), style_layers=layers), small, cat)
+    same = {"style_layers": layers, "layer_weights": [1 / 3] * 3}
+    chosen = run_once(quick(content_weight=0, tv_weight=0, start="noise", style_weight=(1.0,), **same), small, cat)
     sample = torch.from_numpy(at_size(ctx.named_picture(IHC), 48, 3)).permute(2, 0, 1)[None].float() / 255
     draws = Draws(["chelsea.png 1"], torch.device("cpu"), torch.float32, 0, "style_transfer", "")
     start = draws.rand((3, 32 + 2, 48 + 2))
     plain = o.ascend(
         small,
-        -o.style_error(targets_of(small, sample, layers)),
+        -o.style_error(targets_of(small, sample, layers, "average")),
         start,
         steps=12,
         step_size=5 / 255,
         rule=descent("lbfgs"),
         draws=draws,
         operators=[o.Clamp()],
+        during=lambda _: pooled("average"),
     )
     assert np.allclose(table(chosen, "objective").lines["result"], -plain.scores[:, 0].numpy(), rtol=1e-4)
     assert trace[-1] < 0.5 * trace[0]
@@ -296,7 +299,8 @@ def test_styles_are_blended_by_their_gram_matrices(small, photos, registry):
     layers = ["features.1", "features.4"]
     transfer = Transfer(ctx, quick(style=(IHC, BRICK), blend=(3.0, 1.0)), layers, "features.4", pictures, Plan("a", 1.0, 1.0), "a")
     mixed = transfer.style_targets(48, layers)
-    alone = [targets_of(small, torch.from_numpy(at_size(p, 48, 3)).permute(2, 0, 1)[None].float() / 255, layers) for p in pictures]
+    tensors = [torch.from_numpy(at_size(p, 48, 3)).permute(2, 0, 1)[None].float() / 255 for p in pictures]
+    alone = [targets_of(small, x, layers, "average") for x in tensors]
     for layer in layers:
         torch.testing.assert_close(mixed[layer], 0.75 * alone[0][layer] + 0.25 * alone[1][layer])
 
@@ -313,7 +317,7 @@ def test_it_dreams_on_top_by_weight(small, photos):
     cat = photos("chelsea.png")
     norms = []
     for weight in (0.0, 1.0, 10.0):
-        picture = torch.from_numpy(made(run_once(quick(dream=weight, dream_layer="features.4"), small, cat)))[None]
+        picture = torch.from_numpy(made(run_once(quick(dream=weight, dream_layer="features.4", pooling="max"), small, cat)))[None]
         norms.append(float(small.activations(picture, ["features.4"])["features.4"].square().sum()))
     assert norms[0] < norms[1] < norms[2]
     assert np.array_equal(made(run_once(quick(dream=0.0, dream_layer="features.4"), small, cat)), made(run_once(quick(), small, cat)))
