@@ -520,9 +520,10 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     images = torch.rand((1, 3, 288, 384), generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     ctx = context(model, images, "style_transfer", 1)
     layers, content = style_layers(ctx, ()), content_layer(ctx, "")
+    fine = style_layers(ctx, (), fine=True)
     weights = falling(len(layers))
     features = features_of(model, images.flip(2), content, "average")
-    targets = targets_of(model, images.flip(3), layers, "average")
+    targets, grain = (targets_of(model, images.flip(3), some, "average") for some in (layers, fine))
     size = features.square().sum()
 
     def passes(steps: int) -> None:
@@ -531,7 +532,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
                 leaf = images.detach().requires_grad_()
                 torch.autograd.grad(model.activations(leaf, [layers[-1]])[layers[-1]].sum(), leaf)
 
-    transfer = -o.content_error(content, features) - 40 * o.style_error(targets, weights) - (50 / images[0].numel()) * o.total_variation()
+    transfer = -o.content_error(content, features) - 30 * o.style_error(targets, weights) - (30 / images[0].numel()) * o.total_variation()
 
     def ours(steps: int, objective: o.Objective, rule: Literal["adam"] | o.LBFGS) -> None:
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
@@ -552,8 +553,8 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
             for layer, weight in zip(layers, weights, strict=True):
                 flat = found[layer].flatten(2)
                 made = flat @ flat.transpose(1, 2) / flat.shape[2]
-                total = total + 40 * weight * (made - targets[layer]).square().sum() / targets[layer].square().sum()
-            total = total + 50 / x[0].numel() * (
+                total = total + 30 * weight * (made - targets[layer]).square().sum() / targets[layer].square().sum()
+            total = total + 30 / x[0].numel() * (
                 (x[..., 1:] - x[..., :-1]).square().sum() + (x[..., 1:, :] - x[..., :-1, :]).square().sum()
             )
             total.backward()
@@ -566,7 +567,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     others = peers(model, images, images.flip(3), layers, content)
     steps = 16
     lbfgs, adam = (partial(ours, steps, transfer, descent(name)) for name in ("lbfgs", "adam"))
-    texture, bare = partial(ours, steps, -o.style_error(targets), o.LBFGS()), partial(passes, steps)
+    texture, bare = partial(ours, steps, -o.style_error(grain), o.LBFGS()), partial(passes, steps)
     pairs: dict[str, tuple[Work, Work]] = {
         "a step of style transfer, L-BFGS / forward and backward to the deepest layer": (lbfgs, bare),
         "a step of style transfer, Adam / forward and backward to the deepest layer": (adam, bare),

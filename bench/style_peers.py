@@ -104,9 +104,9 @@ def _pystiche(modules: list[tuple[str, nn.Module]], picture: Tensor, style: Tens
     criterion = loss.PerceptualLoss(
         loss.FeatureReconstructionLoss(encoder.extract_encoder(content.replace(".", "_"))),
         loss.MultiLayerEncodingLoss(
-            encoder, names, lambda e, weight: loss.GramLoss(e, score_weight=weight), layer_weights=falling(len(names)), score_weight=40.0
+            encoder, names, lambda e, weight: loss.GramLoss(e, score_weight=weight), layer_weights=falling(len(names)), score_weight=30.0
         ),
-        loss.TotalVariationLoss(score_weight=0.5),
+        loss.TotalVariationLoss(score_weight=0.3),
     )
     criterion.set_content_image(picture)
     criterion.set_style_image(style)
@@ -128,7 +128,7 @@ def _neural_style(modules: list[tuple[str, nn.Module]], picture: Tensor, style: 
     from neural_style.neural_style import ContentLoss, StyleLoss, TVLoss
 
     sys.argv = arguments
-    contents, styles, variation = [], [], TVLoss(0.5 / picture.numel())
+    contents, styles, variation = [], [], TVLoss(0.3 / picture.numel())
     net = nn.Sequential(variation)
     for name, module in modules:
         net.append(module)
@@ -136,7 +136,7 @@ def _neural_style(modules: list[tuple[str, nn.Module]], picture: Tensor, style: 
             contents.append(ContentLoss(1.0))
             net.append(contents[-1])
         if name in layers:
-            styles.append(StyleLoss(40.0 * falling(len(layers))[layers.index(name)]))
+            styles.append(StyleLoss(30.0 * falling(len(layers))[layers.index(name)]))
             net.append(styles[-1])
     with torch.no_grad():
         for losses, seen in ((contents, picture), (styles, style)):

@@ -178,36 +178,30 @@ class _Variation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
-        # Differences with nothing before the first and after the last, so that the slope is their differences again.
-        n, c, height, width = x.shape
-        dx, dy = _empty(x, (n, c, height, width + 1)), _empty(x, (n, c, height + 1, width))
-        for edge in (dx[..., 0], dx[..., -1], dy[..., 0, :], dy[..., -1, :]):
-            edge.zero_()
-        torch.sub(x[..., 1:], x[..., :-1], out=dx[..., 1:-1])
-        torch.sub(x[..., 1:, :], x[..., :-1, :], out=dy[..., 1:-1, :])
+        dx, dy = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
         if beta == 2:
-            ctx.save_for_backward(dx, dy)
-            return squared_length(dx) + squared_length(dy)
-        squared = dx[..., 1:].square() + dy[..., 1:, :].square() + 1e-10
-        weight = squared.pow(beta / 2 - 1).mul_(beta / 2)
-        dx[..., 1:] *= weight
-        dy[..., 1:, :] *= weight
-        ctx.save_for_backward(dx, dy)
-        return squared.pow_(beta / 2).sum(_inner(x))
+            value = squared_length(dx) + squared_length(dy)
+        else:  # nothing follows the last column and row
+            squared = torch.full_like(x, 1e-10)
+            squared[..., :-1] += dx.square()
+            squared[..., :-1, :] += dy.square()
+            weight = squared.pow(beta / 2 - 1).mul_(beta / 2)
+            dx *= weight[..., :-1]
+            dy *= weight[..., :-1, :]
+            value = squared.pow_(beta / 2).sum(_inner(x))
+        # The slope at once, while the differences lie in the cache.
+        slope = torch.zeros_like(x)
+        slope[..., 1:] += dx
+        slope[..., :-1] -= dx
+        slope[..., 1:, :] += dy
+        slope[..., :-1, :] -= dy
+        ctx.save_for_backward(slope)
+        return value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        dx, dy = ctx.saved_tensors
-        slope = dx[..., :-1] - dx[..., 1:]
-        slope += dy[..., :-1, :]
-        slope -= dy[..., 1:, :]
-        return slope.mul_(rows(2 * gradient, slope)), None
-
-
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Room that lies in memory as `like` does."""
-    form = torch.channels_last if like.stride(1) == 1 and like.shape[1] > 1 else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
+        (slope,) = ctx.saved_tensors
+        return slope * rows(2 * gradient, slope), None
 
 
 def _inner(x: Tensor) -> tuple[int, ...]:

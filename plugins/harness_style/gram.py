@@ -53,12 +53,13 @@ def pooled(how: str) -> AbstractContextManager[object]:
     return AveragePooling()
 
 
-def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: float = 0.75) -> list[str]:
-    """The layers named, or `count` spread over the first part of the network, down to the share `deepest` of its depth."""
+def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: float = 0.75, fine: bool = False) -> list[str]:
+    """The layers named, or `count` spread over the first part of the network, down to the share `deepest` of its depth; `fine`: from the
+    first block itself and not from the pooling behind it, as a texture from noise needs (gravel has no stones without it)."""
     if names:
         found = [ctx.model.full_name(n) for n in dict.fromkeys(names)]
     else:
-        every = _layers(ctx.model)
+        every = _layers(ctx.model, fine)
         last = min(len(every) - 1, max(1, round(deepest * (len(every) - 1))))
         count = min(count, last + 1)
         found = [every[round(i * last / max(1, count - 1))] for i in range(count)]
@@ -84,11 +85,11 @@ def content_layer(ctx: Context, name: str) -> str:
     return found
 
 
-def _layers(model: LoadedModel) -> list[str]:
-    """The first block of convolutions, which has the grain (gravel has no stones without it), and of each further one a layer that sees
-    all it gives and whose Gram matrix, C^2 HW multiplications in either direction, costs less beside its convolutions: the pooling right
-    behind it, with a quarter of its positions (Gatys et al. 2015 take pool1 to pool4); else of a Fire module the squeeze layer, which has
-    an eighth of the channels of what it squeezes; else the block."""
+def _layers(model: LoadedModel, fine: bool = False) -> list[str]:
+    """Of each block of convolutions a layer that sees all it gives and whose Gram matrix, C^2 HW multiplications in either direction,
+    costs little beside its convolutions: of a Fire module the squeeze layer, which has an eighth of the channels of what it squeezes;
+    elsewhere the pooling right behind the block, with a quarter of its positions (Gatys et al. 2015 take pool1 to pool4), or else the
+    block. `fine` leaves the first as it is."""
     from torch import nn
     from torchvision.models.squeezenet import Fire
 
@@ -101,9 +102,9 @@ def _layers(model: LoadedModel) -> list[str]:
     calls = [name for name, _ in model.calls]
 
     def cheap(name: str) -> str:
+        if isinstance(model.modules.get(name), Fire):
+            return f"{name}.squeeze_activation"
         behind = calls[calls.index(name) + 1]
-        if isinstance(model.modules.get(behind), nn.MaxPool2d | nn.AvgPool2d):
-            return behind
-        return f"{name}.squeeze_activation" if isinstance(model.modules.get(name), Fire) else name
+        return behind if isinstance(model.modules.get(behind), nn.MaxPool2d | nn.AvgPool2d) else name
 
-    return [every[0], *(cheap(name) for name in every[1:])]
+    return [name if fine and name == every[0] else cheap(name) for name in every]

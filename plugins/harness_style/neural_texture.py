@@ -7,7 +7,7 @@ import numpy as np
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 from .gram import pooled, style_layers, targets_of
-from .pictures import coarse_to_fine, eight_bits, framed, resized, tensor_of, unframed
+from .pictures import coarse_to_fine, eight_bits, framed, parts_of, resized, tensor_of, unframed
 from .style_transfer import LEAST, flat, refusal
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ class NeuralTexture(Technique):
     layers: tuple[str, ...] = Param((), description="layers, from early to late; none: five over the first three quarters")
     depths: int = Param(3, ge=1, le=20, description="how many depths are shown, the deepest with all layers")
     steps: int = Param(150, ge=0, le=100_000, description="steps of L-BFGS, or of Adam, at each size")
+    shifts: int = Param(
+        3,
+        ge=1,
+        le=1000,
+        description="parts of the descent at each size, in each of which the picture lies elsewhere to the strides by a pixel or more",
+    )
     coarse: int = Param(1, ge=0, le=6, description="how many smaller sizes, each half of the next, come before the full one")
     optimiser: Literal["lbfgs", "adam"] = Param("lbfgs", description="how it descends")
     step_size: float = Param(5.0, gt=0, description="size of Adam's steps, of the first of L-BFGS, in 255ths")
@@ -51,7 +57,7 @@ class NeuralTexture(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
-        layers = style_layers(ctx, self.layers)
+        layers = style_layers(ctx, self.layers, fine=True)
         count = min(self.depths, len(layers))
         ends = np.linspace(1, len(layers), count).round().astype(int).tolist() if count > 1 else [len(layers)]
         kept = [layers[:end] for end in ends]
@@ -119,6 +125,7 @@ class NeuralTexture(Technique):
         scores: list[Tensor] = []
         shots: list[tuple[int, Tensor]] = []
         stopped = set[int]()
+        done = 0
         for tall, wide in coarse_to_fine(height, width, self.coarse, LEAST):
             small = resized(sample, tall, wide)
             objective = -o.style_error(targets_of(ctx.model, small, layers, self.pooling))
@@ -126,27 +133,31 @@ class NeuralTexture(Technique):
                 objective = objective - (100 * self.tv_weight / small[0].numel()) * o.total_variation()
             if image is None:
                 mean, deviation = sample.mean((2, 3), keepdim=True), sample.std((2, 3), keepdim=True)
-                start = (mean + deviation * draws.randn(framed(small).shape[1:])).clamp(0, 1)
+                image = (mean + deviation * draws.randn(small.shape[1:])).clamp(0, 1)
             else:
-                start = framed(resized(unframed(image), tall, wide))
-            part = o.ascend(
-                ctx.model,
-                objective,
-                start,
-                steps=self.steps,
-                step_size=self.step_size / 255,
-                rule=self.optimiser,
-                draws=draws,
-                operators=[o.Clamp()],
-                snapshots=min(3, max(1, self.steps // 20)),
-                during=lambda _: pooled(self.pooling),
-                progress=ctx.report,
-            )
-            image = part.images
-            shots += [(len(scores) * self.steps + n, resized(unframed(shot), height, width)) for n, shot in part.snapshots]
-            scores.append(part.scores)
-            stopped |= set(part.stopped)
-        return replace(part, images=unframed(part.images), scores=torch.cat(scores), snapshots=shots, stopped=sorted(stopped))
+                image = resized(image, tall, wide)
+            parts = parts_of(self.steps, self.shifts)
+            for number, steps in enumerate(parts):
+                place = number if number < len(parts) - 1 else None
+                part = o.ascend(
+                    ctx.model,
+                    objective,
+                    framed(image, place),
+                    steps=steps,
+                    step_size=self.step_size / 255,
+                    rule=self.optimiser,
+                    draws=draws,
+                    operators=[o.Clamp()],
+                    during=lambda _: pooled(self.pooling),
+                    progress=ctx.report,
+                )
+                image = unframed(part.images, place)
+                done += steps
+                shots.append((done, resized(image, height, width)))
+                scores.append(part.scores)
+                stopped |= set(part.stopped)
+        assert image is not None
+        return replace(part, images=image, scores=torch.cat(scores), snapshots=shots, stopped=sorted(stopped))
 
 
 def relative_errors(ctx: Context, images: Tensor, targets: dict[str, Tensor], pooling: str) -> dict[str, float]:

@@ -41,19 +41,41 @@ def resized(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False, antialias=smaller).clamp(0, 1)
 
 
-MARGIN = 2
+MARGIN, ROOM = 6, 3  # pixels; what is next to the border of a network's maps is not what is inside
+SHIFTS = ((0, 0), (2, 1), (1, 3), (3, 2), (1, 0), (3, 1), (0, 2), (2, 3))  # (down, to the right), of a stride of four
+TIGHT = 2
 
 
-def framed(images: Tensor) -> Tensor:
-    """Pictures with their right and lower border repeated `MARGIN` pixels outwards: strides leave out last rows and columns, which would
-    stay as they were; `unframed` cuts them away. On the other sides nothing is added, so that strides fall on the same pixels."""
+def framed(images: Tensor, part: int | None = None) -> Tensor:
+    """Pictures continued beyond their borders by `MARGIN` pixels and by up to `ROOM` more: strides leave out last rows and columns, maps
+    are padded with zeros, and both would show along the border. `unframed` cuts the frame away.
+
+    In each part of a descent the picture lies elsewhere in the frame by less than a stride: what a network does not see, as its strides
+    pass over it, would stay as a grid (Odena et al. 2016, "Deconvolution and Checkerboard Artifacts", Distill). Without a part there are
+    two pixels on the right and below alone, so that what is matched is the picture and hardly any frame."""
     import torch.nn.functional as F
 
-    return F.pad(images, (0, MARGIN, 0, MARGIN), mode="replicate")
+    top, bottom, left, right = _around(part)
+    return F.pad(images, (left, right, top, bottom), mode="reflect" if min(images.shape[2:]) > MARGIN + ROOM else "replicate")
 
 
-def unframed(images: Tensor) -> Tensor:
-    return images[..., :-MARGIN, :-MARGIN]
+def unframed(images: Tensor, part: int | None = None) -> Tensor:
+    top, bottom, left, right = _around(part)
+    return images[..., top : images.shape[2] - bottom, left : images.shape[3] - right]
+
+
+def _around(part: int | None) -> tuple[int, int, int, int]:
+    """Pixels above, below, to the left and to the right."""
+    if part is None:
+        return 0, TIGHT, 0, TIGHT
+    down, right = SHIFTS[part % len(SHIFTS)]
+    return MARGIN + down, MARGIN + ROOM - down, MARGIN + right, MARGIN + ROOM - right
+
+
+def parts_of(steps: int, count: int) -> list[int]:
+    """Steps of each part of a descent, as even as can be; none of nothing, unless all are."""
+    count = max(1, min(count, steps))
+    return [steps * (i + 1) // count - steps * i // count for i in range(count)]
 
 
 def eight_bits(images: Tensor) -> Tensor:

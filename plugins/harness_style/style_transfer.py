@@ -10,7 +10,7 @@ from pydantic import model_validator
 from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 from .gram import content_layer, descent, falling, features_of, pooled, style_layers, targets_of
-from .pictures import NAMED, coarse_to_fine, contents, eight_bits, framed, recoloured, resized, tensor_of, unframed
+from .pictures import NAMED, coarse_to_fine, contents, eight_bits, framed, parts_of, recoloured, resized, tensor_of, unframed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from harness.optimise import Ascent, Objective
     from harness.technique import Further
 
+EVERY = 100  # steps between the pictures that show the progress
 LEAST = 32  # pixels of the shorter side of the coarsest picture
 # The settings of Gatys et al. 2016 for VGG-19, in torchvision's layer names.
 VGG19: dict[str, Any] = {
@@ -67,19 +68,27 @@ class StyleTransfer(Technique):
     preset: Literal["", "vgg19"] = Param("", description="vgg19: layers and pooling of the paper, for a model with VGG-19's layers")
     content_layer: str = Param("", description="layer of the content; none: one at two fifths of the depth")
     style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five over the first three quarters")
-    layer_weights: tuple[float, ...] = Param((), description="w_l of the style layers; none: evenly falling, as the preset all the same; their sum is 1")
+    layer_weights: tuple[float, ...] = Param(
+        (), description="w_l of the style layers; none: evenly falling, as the preset all the same; their sum is 1"
+    )
     content_weight: float = Param(1.0, ge=0, description="alpha")
-    style_weight: tuple[float, ...] = Param((40.0,), min_length=1, description="beta; several make a row of pictures")
-    tv_weight: float = Param(0.5, ge=0, description="gamma; TV is 100 times the mean square of neighbours' differences")
+    style_weight: tuple[float, ...] = Param((30.0,), min_length=1, description="beta; several make a row of pictures")
+    tv_weight: float = Param(0.3, ge=0, description="gamma; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
         (1.0,), min_length=1, description="size of the style picture against the content's; several: a row"
     )
     form: Literal["relative", "absolute"] = Param("relative", description="errors as shares, or the paper's sums")
     pooling: Literal["max", "average"] = Param("average", description="average: means in place of max pooling, as in the paper")
     start: Literal["content", "noise"] = Param("content", description="what descent starts from")
-    optimiser: Literal["lbfgs", "adam"] = Param("lbfgs", description="L-BFGS, or Adam with `step_size`")
+    optimiser: Literal["lbfgs", "adam"] = Param("adam", description="Adam with `step_size`, or L-BFGS")
     step_size: float = Param(5.0, gt=0, description="size of Adam's steps, of the first of L-BFGS, in 255ths")
     steps: int = Param(200, ge=0, le=100_000, description="steps at the full size")
+    shifts: int = Param(
+        8,
+        ge=1,
+        le=1000,
+        description="parts of the descent at each size, in each of which the picture lies elsewhere to the strides by a pixel or more",
+    )
     coarse: int = Param(2, ge=0, le=6, description="how many smaller sizes, each half of the next, come before it, with as many steps")
     size: int = Param(384, ge=8, le=8192, description="longer side of the pictures")
     colours: Literal["style", "content"] = Param("style", description="content: the lightness of the result with the picture's own colours")
@@ -226,19 +235,27 @@ class Transfer:
         traces, stages, notes = [], [], []
         done = 0
         for tall, wide in coarse_to_fine(height, width, s.coarse, LEAST):
-            target = framed(resized(picture, tall, wide))
-            objective = self._objective(target, max(tall, wide))
+            small = resized(picture, tall, wide)
             if image is not None:
-                start = framed(resized(image, tall, wide))
+                image = resized(image, tall, wide)
+            elif s.start == "content":
+                image = small
             else:
-                start = target if s.start == "content" else draws.rand(target.shape[1:])
-            part = self._descend(objective, start, draws)
-            if part.stopped:
-                notes.append("the errors stopped being finite; the last good picture is shown: use smaller weights or another optimiser")
-            image = unframed(part.images).clamp(0, 1)
-            traces.append(-part.scores[:, 0].cpu().double().numpy())
-            stages += [(done + n, unframed(shot)) for n, shot in part.snapshots]
-            done += s.steps
+                image = draws.rand(small.shape[1:])
+            styles = self.style_targets(max(tall, wide), self.layers) if self.plan.style_weight else {}
+            parts = parts_of(s.steps, s.shifts)
+            for number, steps in enumerate(parts):
+                part = self._descend(self._objective(framed(small, number), styles), framed(image, number), steps, draws)
+                image = unframed(part.images, number).clamp(0, 1)
+                traces.append(-part.scores[:, 0].cpu().double().numpy())
+                if steps and (number == len(parts) - 1 or (done + steps) // EVERY > done // EVERY):
+                    stages.append((done + steps, image))
+                done += steps
+                if part.stopped:
+                    notes.append(
+                        "the errors stopped being finite; the last good picture is shown: use smaller weights or another optimiser"
+                    )
+                    break
         assert image is not None
         if s.colours == "content":
             image = recoloured(image, picture)
@@ -246,7 +263,7 @@ class Transfer:
         variation = float(o.total_variation().score({}, image)) * 100 / image.numel()
         return Transferred(image, np.concatenate(traces), stages, content, style, variation, notes)
 
-    def _descend(self, objective: Objective, start: Tensor, draws: Any) -> Ascent:
+    def _descend(self, objective: Objective, start: Tensor, steps: int, draws: Any) -> Ascent:
         from harness import optimise as o
 
         s = self.settings
@@ -254,12 +271,11 @@ class Transfer:
             self.ctx.model,
             objective,
             start,
-            steps=s.steps,
+            steps=steps,
             step_size=s.step_size / 255,
             rule=descent(s.optimiser),
             draws=draws,
             operators=[o.Clamp()],
-            snapshots=max(1, s.steps // 100),
             during=lambda _: pooled(s.pooling),
             progress=self.ctx.report,
         )
@@ -282,7 +298,7 @@ class Transfer:
                 found[layer] = found.get(layer, 0) + share * target
         return found
 
-    def _objective(self, target: Tensor, side: int) -> Objective:
+    def _objective(self, target: Tensor, styles: dict[str, Tensor]) -> Objective:
         from harness import optimise as o
 
         ctx, s = self.ctx, self.settings
@@ -290,12 +306,11 @@ class Transfer:
         if s.content_weight:
             features = features_of(ctx.model, target, self.content, s.pooling)
             objective = objective - s.content_weight * o.content_error(self.content, features, s.form)
-        if self.plan.style_weight:
-            targets = self.style_targets(side, self.layers)
-            weights = s.layer_weights
+        if styles:
+            weights: Sequence[float] = s.layer_weights
             if s.content_weight and s.form == "relative":
-                weights = self._eased(weights, targets, target)
-            objective = objective - self.plan.style_weight * o.style_error(targets, weights, s.form)
+                weights = self._eased(weights, styles, target)
+            objective = objective - self.plan.style_weight * o.style_error(styles, weights, s.form)
         if s.tv_weight:
             objective = objective - (s.tv_weight / target[0].numel() * 100) * o.total_variation()
         if s.dream:
