@@ -532,13 +532,13 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
                 leaf = images.detach().requires_grad_()
                 torch.autograd.grad(model.activations(leaf, [layers[-1]])[layers[-1]].sum(), leaf)
 
-    transfer = -o.content_error(content, features) - 30 * o.style_error(targets, weights) - (30 / images[0].numel()) * o.total_variation()
+    transfer = -o.content_error(content, features) - 25 * o.style_error(targets, weights) - (30 / images[0].numel()) * o.total_variation()
 
-    def ours(steps: int, objective: o.Objective, rule: Literal["adam"] | o.LBFGS) -> None:
+    def ours(steps: int, objective: o.Objective, rule: Literal["adam"] | o.LBFGS, colours: float) -> None:
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
         o.ascend(
             model, objective, images, steps=steps, step_size=0.02, rule=rule, draws=draws, operators=[o.Clamp()],
-            during=lambda _: pooled("average"),
+            conditioners=[o.NaturalColours(colours)], during=lambda _: pooled("average"),
         )  # fmt: skip
 
     def plain(steps: int) -> None:
@@ -553,7 +553,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
             for layer, weight in zip(layers, weights, strict=True):
                 flat = found[layer].flatten(2)
                 made = flat @ flat.transpose(1, 2) / flat.shape[2]
-                total = total + 30 * weight * (made - targets[layer]).square().sum() / targets[layer].square().sum()
+                total = total + 25 * weight * (made - targets[layer]).square().sum() / targets[layer].square().sum()
             total = total + 30 / x[0].numel() * (
                 (x[..., 1:] - x[..., :-1]).square().sum() + (x[..., 1:, :] - x[..., :-1, :]).square().sum()
             )
@@ -566,8 +566,8 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
 
     others = peers(model, images, images.flip(3), layers, content)
     steps = 16
-    lbfgs, adam = (partial(ours, steps, transfer, descent(name)) for name in ("lbfgs", "adam"))
-    texture, bare = partial(ours, steps, -o.style_error(grain), o.LBFGS()), partial(passes, steps)
+    lbfgs, adam = (partial(ours, steps, transfer, descent(name), 1.0) for name in ("lbfgs", "adam"))
+    texture, bare = partial(ours, steps, -o.style_error(grain), o.LBFGS(), 0.0), partial(passes, steps)
     pairs: dict[str, tuple[Work, Work]] = {
         "a step of style transfer, L-BFGS / forward and backward to the deepest layer": (lbfgs, bare),
         "a step of style transfer, Adam / forward and backward to the deepest layer": (adam, bare),

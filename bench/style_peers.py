@@ -104,7 +104,7 @@ def _pystiche(modules: list[tuple[str, nn.Module]], picture: Tensor, style: Tens
     criterion = loss.PerceptualLoss(
         loss.FeatureReconstructionLoss(encoder.extract_encoder(content.replace(".", "_"))),
         loss.MultiLayerEncodingLoss(
-            encoder, names, lambda e, weight: loss.GramLoss(e, score_weight=weight), layer_weights=falling(len(names)), score_weight=30.0
+            encoder, names, lambda e, weight: loss.GramLoss(e, score_weight=weight), layer_weights=falling(len(names)), score_weight=25.0
         ),
         loss.TotalVariationLoss(score_weight=0.3),
     )
@@ -136,7 +136,7 @@ def _neural_style(modules: list[tuple[str, nn.Module]], picture: Tensor, style: 
             contents.append(ContentLoss(1.0))
             net.append(contents[-1])
         if name in layers:
-            styles.append(StyleLoss(30.0 * falling(len(layers))[layers.index(name)]))
+            styles.append(StyleLoss(25.0 * falling(len(layers))[layers.index(name)]))
             net.append(styles[-1])
     with torch.no_grad():
         for losses, seen in ((contents, picture), (styles, style)):

@@ -44,7 +44,7 @@ class GrabcutSegmentation(Technique):
     )
     caveats = (
         "Neither the spreading nor the cut knows objects: where object and background are alike it leaks, and it may take along what the "
-        "take along. It is a help for annotation, not a segmentation to rely on."
+        "object stands on or lies beside. It is a help for annotation, not a segmentation to rely on."
     )
     audit = {"full": {}}
 

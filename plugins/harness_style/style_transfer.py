@@ -72,7 +72,7 @@ class StyleTransfer(Technique):
         (), description="w_l of the style layers; none: evenly falling, as the preset all the same; their sum is 1"
     )
     content_weight: float = Param(1.0, ge=0, description="alpha")
-    style_weight: tuple[float, ...] = Param((30.0,), min_length=1, description="beta; several make a row of pictures")
+    style_weight: tuple[float, ...] = Param((25.0,), min_length=1, description="beta; several make a row of pictures")
     tv_weight: float = Param(0.3, ge=0, description="gamma; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
         (1.0,), min_length=1, description="size of the style picture against the content's; several: a row"
@@ -90,6 +90,9 @@ class StyleTransfer(Technique):
         description="parts of the descent at each size, in each of which the picture lies elsewhere to the strides by a pixel or more",
     )
     coarse: int = Param(2, ge=0, le=6, description="how many smaller sizes, each half of the next, come before it, with as many steps")
+    natural_colours: float = Param(
+        1.0, ge=0, le=1, description="how far steps follow the colours of natural pictures, against coloured fringes"
+    )
     size: int = Param(384, ge=8, le=8192, description="longer side of the pictures")
     colours: Literal["style", "content"] = Param("style", description="content: the lightness of the result with the picture's own colours")
     dream: float = Param(0.0, ge=0, description="weight of a layer's squared norm, which makes it dream on top")
@@ -276,6 +279,7 @@ class Transfer:
             rule=descent(s.optimiser),
             draws=draws,
             operators=[o.Clamp()],
+            conditioners=[o.NaturalColours(s.natural_colours)],
             during=lambda _: pooled(s.pooling),
             progress=self.ctx.report,
         )

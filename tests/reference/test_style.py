@@ -222,7 +222,9 @@ def test_correlation_length_of_stripes():
 
 
 def quick(**more):
-    return StyleTransfer(**{"style": (IHC,), "steps": 12, "size": 48, "coarse": 0, "shifts": 1, "optimiser": "lbfgs", **more})
+    return StyleTransfer(
+        **{"style": (IHC,), "steps": 12, "size": 48, "coarse": 0, "shifts": 1, "optimiser": "lbfgs", "natural_colours": 0, **more}
+    )
 
 
 def made(result, number=1):
