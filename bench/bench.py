@@ -512,7 +512,7 @@ def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]
 
 
 def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
-    """A step of style transfer (content, five style layers, total variation, L-BFGS) against one forward and backward pass to the
+    """A step of style transfer (content, five style layers) against one forward and backward pass to the
     deepest layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of the technique's own size."""
     from harness import optimise as o
     from harness_style.gram import content_layer, descent, falling, features_of, pooled, style_layers, targets_of
@@ -532,7 +532,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
                 leaf = images.detach().requires_grad_()
                 torch.autograd.grad(model.activations(leaf, [layers[-1]])[layers[-1]].sum(), leaf)
 
-    transfer = -o.content_error(content, features) - 25 * o.style_error(targets, weights) - (30 / images[0].numel()) * o.total_variation()
+    transfer = -o.content_error(content, features) - 25 * o.style_error(targets, weights)
 
     def ours(steps: int, objective: o.Objective, rule: Literal["adam"] | o.LBFGS, colours: float) -> None:
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
@@ -554,9 +554,6 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
                 flat = found[layer].flatten(2)
                 made = flat @ flat.transpose(1, 2) / flat.shape[2]
                 total = total + 25 * weight * (made - targets[layer]).square().sum() / targets[layer].square().sum()
-            total = total + 30 / x[0].numel() * (
-                (x[..., 1:] - x[..., :-1]).square().sum() + (x[..., 1:, :] - x[..., :-1, :]).square().sum()
-            )
             total.backward()
             return total
 

@@ -106,7 +106,6 @@ def _pystiche(modules: list[tuple[str, nn.Module]], picture: Tensor, style: Tens
         loss.MultiLayerEncodingLoss(
             encoder, names, lambda e, weight: loss.GramLoss(e, score_weight=weight), layer_weights=falling(len(names)), score_weight=25.0
         ),
-        loss.TotalVariationLoss(score_weight=0.3),
     )
     criterion.set_content_image(picture)
     criterion.set_style_image(style)
@@ -125,11 +124,11 @@ def _pystiche(modules: list[tuple[str, nn.Module]], picture: Tensor, style: Tens
 
 def _neural_style(modules: list[tuple[str, nn.Module]], picture: Tensor, style: Tensor, layers: Sequence[str], content: str) -> Steps:
     arguments, sys.argv = sys.argv, ["neural-style"]  # it reads the command line when it is imported
-    from neural_style.neural_style import ContentLoss, StyleLoss, TVLoss
+    from neural_style.neural_style import ContentLoss, StyleLoss
 
     sys.argv = arguments
-    contents, styles, variation = [], [], TVLoss(0.3 / picture.numel())
-    net = nn.Sequential(variation)
+    contents, styles = [], []
+    net = nn.Sequential()
     for name, module in modules:
         net.append(module)
         if name == content:
@@ -157,7 +156,7 @@ def _neural_style(modules: list[tuple[str, nn.Module]], picture: Tensor, style: 
         def closure() -> Tensor:
             optimiser.zero_grad()
             net(image)
-            total: Tensor = sum(module.loss for module in (*contents, *styles, variation))
+            total: Tensor = sum(module.loss for module in (*contents, *styles))
             total.backward()
             return total
 

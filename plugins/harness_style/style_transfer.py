@@ -73,7 +73,7 @@ class StyleTransfer(Technique):
     )
     content_weight: float = Param(1.0, ge=0, description="alpha")
     style_weight: tuple[float, ...] = Param((25.0,), min_length=1, description="beta; several make a row of pictures")
-    tv_weight: float = Param(0.3, ge=0, description="gamma; TV is 100 times the mean square of neighbours' differences")
+    tv_weight: float = Param(0.0, ge=0, description="gamma, to smooth; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
         (1.0,), min_length=1, description="size of the style picture against the content's; several: a row"
     )
