@@ -145,6 +145,12 @@ class Adam(_Plain):
         move = condition(gradient)
         if "mean" not in memory:
             memory["mean"], memory["square"] = torch.zeros_like(move), torch.zeros_like(move)
+        for name in (
+            "mean",
+            "square",
+        ):  # what was stored and read again may lie otherwise in memory, which torch's own walks through as it lies
+            if memory[name].stride() != move.stride():
+                memory[name] = torch.empty_like(move).copy_(memory[name])
         change = torch.zeros_like(move)
         # torch's own, in one pass over memory where it would take eight; from zero, as the loop is to be told the change alone.
         adam(

@@ -153,9 +153,12 @@ class NeuralTexture(Technique):
                 )
                 image = unframed(part.images, place)
                 done += steps
-                shots.append((done, resized(image, height, width)))
+                if steps:
+                    shots.append((done, resized(image, height, width)))
                 scores.append(part.scores)
                 stopped |= set(part.stopped)
+                if part.stopped:
+                    break
         assert image is not None
         return replace(part, images=image, scores=torch.cat(scores), snapshots=shots, stopped=sorted(stopped))
 

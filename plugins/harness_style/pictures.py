@@ -44,6 +44,7 @@ def resized(images: Tensor, height: int, width: int) -> Tensor:
 MARGIN, ROOM = 6, 3  # pixels; what is next to the border of a network's maps is not what is inside
 SHIFTS = ((0, 0), (2, 1), (1, 3), (3, 2), (1, 0), (3, 1), (0, 2), (2, 3))  # (down, to the right), of a stride of four
 TIGHT = 2
+WORTH = 10
 
 
 def framed(images: Tensor, part: int | None = None) -> Tensor:
@@ -73,8 +74,9 @@ def _around(part: int | None) -> tuple[int, int, int, int]:
 
 
 def parts_of(steps: int, count: int) -> list[int]:
-    """Steps of each part of a descent, as even as can be; none of nothing, unless all are."""
-    count = max(1, min(count, steps))
+    """Steps of each of `count` parts of a descent, as even as can be; fewer parts where they would have less than `WORTH` steps, in which
+    L-BFGS, which begins anew in each, would come to nothing."""
+    count = max(1, min(count, steps // WORTH))
     return [steps * (i + 1) // count - steps * i // count for i in range(count)]
 
 

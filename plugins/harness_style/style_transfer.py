@@ -44,11 +44,11 @@ class StyleTransfer(Technique):
     ||A_l||^2 + gamma TV(x), F being a layer's output, P that of the content picture, G_l Gram matrices, A_l those of the style (Gatys et
     al. 2016, CVPR; arXiv:1508.06576).
 
-    Both errors are relative here, so that one set of weights serves networks and layers of any scale; where the content's own Gram
+    Both errors are relative here, so that one set of weights serves networks and layers of any scale; where there is content whose Gram
     matrices are further from the style's than ||A_l||, that distance takes the place of ||A_l||. `form=absolute` has the paper's sums.
     Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on one
     by one and whole: memory grows with their size, as the Gram matrices of all positions are needed at once. Cost: one forward and one
-    backward pass to the deepest layer a step.
+    backward pass to the deepest layer a step, of the picture with a frame of some pixels, and three forward passes a part.
     """
 
     name = "style_transfer"
@@ -236,8 +236,10 @@ class Transfer:
         draws = ctx.draws([self.stream])
         image: Tensor | None = None
         traces, stages, notes = [], [], []
-        done = 0
+        done = shown = 0
         for tall, wide in coarse_to_fine(height, width, s.coarse, LEAST):
+            if (tall, wide) != (height, width) and self.style_refusal(max(tall, wide)):
+                continue
             small = resized(picture, tall, wide)
             if image is not None:
                 image = resized(image, tall, wide)
@@ -251,8 +253,11 @@ class Transfer:
                 part = self._descend(self._objective(framed(small, number), styles), framed(image, number), steps, draws)
                 image = unframed(part.images, number).clamp(0, 1)
                 traces.append(-part.scores[:, 0].cpu().double().numpy())
-                if steps and (number == len(parts) - 1 or (done + steps) // EVERY > done // EVERY):
-                    stages.append((done + steps, image))
+                for n, shot in part.snapshots:
+                    last = number == len(parts) - 1 and n == steps
+                    if last or (done + n) // EVERY > shown:
+                        shown = (done + n) // EVERY
+                        stages.append((done + n, unframed(shot, number)))
                 done += steps
                 if part.stopped:
                     notes.append(
@@ -275,6 +280,7 @@ class Transfer:
             objective,
             start,
             steps=steps,
+            snapshots=max(1, steps // EVERY),
             step_size=s.step_size / 255,
             rule=descent(s.optimiser),
             draws=draws,
@@ -290,23 +296,32 @@ class Transfer:
         shares = np.asarray(s.blend or [1.0] * len(self.styles), float)
         shares = shares / shares.sum()
         found: dict[str, Tensor] = {}
+        reason = self.style_refusal(side)
+        if reason:
+            raise ConfigError(f"{ctx.technique}.style: {reason}; raise style_scale or size")
         for share, picture in zip(shares.tolist(), self.styles, strict=True):
-            size = max(1, round(side * self.plan.style_scale))
-            image = tensor_of(ctx, picture, size)
-            reason = refusal(ctx, image, layers)
-            if reason:
-                raise ConfigError(
-                    f"{ctx.technique}.style: at {image.shape[3]} x {image.shape[2]} pixels {reason}; raise style_scale or size"
-                )
+            image = tensor_of(ctx, picture, self.style_size(side))
             for layer, target in targets_of(ctx.model, image, layers, s.pooling).items():
                 found[layer] = found.get(layer, 0) + share * target
         return found
+
+    def style_size(self, side: int) -> int:
+        return max(1, round(side * self.plan.style_scale))
+
+    def style_refusal(self, side: int) -> str:
+        """Why the network cannot look at one of the styles where the picture's longer side is `side`; empty where it can."""
+        for picture in self.styles if self.plan.style_weight else ():
+            image = tensor_of(self.ctx, picture, self.style_size(side))
+            reason = refusal(self.ctx, image, self.layers)
+            if reason:
+                return f"at {image.shape[3]} x {image.shape[2]} pixels {reason}"
+        return ""
 
     def _objective(self, target: Tensor, styles: dict[str, Tensor]) -> Objective:
         from harness import optimise as o
 
         ctx, s = self.ctx, self.settings
-        objective = o.Objective(frozenset(), lambda _, x: x.new_zeros(len(x)))
+        objective = o.Objective(frozenset(), lambda _, x: 0 * x.sum((1, 2, 3)))  # a slope there is, even where nothing is weighed
         if s.content_weight:
             features = features_of(ctx.model, target, self.content, s.pooling)
             objective = objective - s.content_weight * o.content_error(self.content, features, s.form)

@@ -20,19 +20,19 @@ RULES = ("normalised", "mean_abs", "constant", "scaled", "progress", "momentum",
 class Quadratic(nn.Module):
     """-sum_i c_i (x_i - t_i)^2 / 2, c from 1 to `condition`: how steep each pixel's own parabola is."""
 
-    def __init__(self, size=4, condition=100.0):
+    def __init__(self, numbers=16, condition=100.0):
         super().__init__()
-        self.curvature = torch.logspace(0, np.log10(condition), size * size, dtype=torch.float64)
-        self.top = torch.linspace(0.1, 0.9, size * size, dtype=torch.float64)
+        self.curvature = torch.logspace(0, np.log10(condition), numbers, dtype=torch.float64)
+        self.top = torch.linspace(0.1, 0.9, numbers, dtype=torch.float64)
 
     def forward(self, x):
         return -(self.curvature * (x.flatten(1) - self.top).square()).sum(1, keepdim=True) / 2
 
 
-def quadratic(condition=100.0):
-    module = Quadratic(condition=condition)
+def quadratic(condition=100.0, channels=1):
+    module = Quadratic(16 * channels, condition)
     module.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
-    return LoadedModel(module, InputSpec(channels=1, size=4, mean=(0.0,), std=(1.0,)), "quadratic")
+    return LoadedModel(module, InputSpec(channels=channels, size=4, mean=(0.0,) * channels, std=(1.0,) * channels), "quadratic")
 
 
 def draws(count=1, seed=0, dtype=torch.float64):
@@ -211,13 +211,14 @@ def test_pictures_do_not_influence_one_another(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_going_on_from_a_snapshot_is_as_if_it_had_not_stopped(rule):
-    model, start = quadratic(), noise(2, 1, 4, 4)
+    """In colour, as what is read from a file lies colour by colour, and what the loop works on pixel by pixel."""
+    model, start = quadratic(channels=3), noise(2, 3, 4, 4)
     careful = rule in ("lbfgs", "line_search")
     size = 0.002 if rule in ("constant", "momentum", "line_search") else 0.02
     settings = {"step_size": size, "rule": rule, "transforms": [] if careful else [o.Jitter(1)], "operators": [o.Clamp()]}
     whole = o.ascend(model, score(2), start, steps=31, draws=draws(2), **settings)
     first = o.ascend(model, score(2), start, steps=13, draws=draws(2), **settings)
-    stored = {k: np.asarray(v) for k, v in first.state.arrays().items()}
+    stored = {k: np.asarray(v).copy("C") for k, v in first.state.arrays().items()}
     begin = o.State.of(stored, torch.device("cpu"))
     rest = o.ascend(model, score(2), start, steps=31, draws=draws(2), begin=begin, **settings)
     assert torch.equal(rest.images, whole.images)

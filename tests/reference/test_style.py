@@ -33,7 +33,8 @@ from harness_style import (
 )
 from harness_style.gram import content_layer, descent, falling, pooled, style_layers, targets_of
 from harness_style.neural_texture import correlation_length
-from harness_style.pictures import framed, recoloured, unframed
+from harness_style.pictures import MARGIN, SHIFTS, framed, parts_of, recoloured, unframed
+from harness_style.style_transfer import Plan, Transfer
 from harness_style.super_resolution import degraded, tiled
 from harness_style.tsvq import Exhaustive, Tree
 from harness_style.wei_levoy import _continued, _neighbourhoods, causal, synthesise
@@ -295,8 +296,6 @@ def test_styles_are_blended_by_their_gram_matrices(small, photos, registry):
     single = run_once(quick(style=(IHC,)), small, cat)
     hot = run_once(quick(style=(IHC, BRICK), blend=(1.0, 0.0)), small, cat)
     assert np.allclose(made(single), made(hot), atol=1e-6)
-    from harness_style.style_transfer import Plan, Transfer
-
     ctx = context(small, photos)
     pictures = [ctx.named_picture(n) for n in (IHC, BRICK)]
     layers = ["features.1", "features.4"]
@@ -339,8 +338,68 @@ def test_pictures_keep_their_shapes_and_frames_are_cut_off(small, photos):
 
 
 def test_progress_is_kept_every_hundred_steps(small, photos):
-    result = run_once(quick(steps=200, size=32, shifts=4), small, photos("chelsea.png"))
-    assert table(result, "progress-1").captions == ("step 100", "step 200")
+    for shifts, steps in ((1, [120, 240]), (3, [160, 240]), (8, [120, 210, 240])):  # of parts the ends
+        result = run_once(quick(steps=240, size=32, shifts=shifts), small, photos("chelsea.png"))
+        assert table(result, "progress-1").captions == tuple(f"step {n}" for n in steps)
+    assert not [a for a in run_once(quick(steps=0), small, photos("chelsea.png")).artifacts if a.name == "progress-1"]
+
+
+def test_the_picture_lies_elsewhere_in_each_part():
+    assert {down for down, _ in SHIFTS} == {right for _, right in SHIFTS} == set(range(4))  # all places within a stride of four
+    assert len(set(SHIFTS)) == len(SHIFTS)
+    x = torch.rand(1, 3, 40, 30)
+    places = set()
+    for part in range(len(SHIFTS)):
+        found = framed(x, part)
+        top, left = next((i, j) for i in range(12) for j in range(12) if torch.equal(found[..., i : i + 40, j : j + 30], x))
+        places.add((top, left))
+        assert torch.equal(found[..., top - 1, left : left + 30], x[..., 1, :])  # mirrored
+        assert min(top, left, found.shape[2] - 40 - top, found.shape[3] - 30 - left) >= MARGIN
+    assert len(places) == len(SHIFTS)
+    assert parts_of(200, 8) == [25] * 8
+    assert parts_of(25, 8) == [12, 13]
+    assert parts_of(6, 3) == [6]
+    assert parts_of(0, 3) == [0]
+
+
+def test_faint_styles_leave_the_content(small, photos):
+    """Weights are divided by the content's own distance where that is above 1; bricks on a cat then leave more of the cat."""
+    cat = photos("chelsea.png")
+    ctx = context(small, photos)
+    layers = ["features.1", "features.4"]
+    transfer = Transfer(ctx, quick(style=(BRICK,)), layers, "features.4", [ctx.named_picture(BRICK)], Plan("a", 1.0, 1.0), "a")
+    targets = transfer.style_targets(48, layers)
+    x = torch.from_numpy(at_size(cat.get(0), 48, 3)).permute(2, 0, 1)[None].float() / 255
+    own = targets_of(small, x, layers, "average")
+    away = [float(((own[n] - targets[n]) ** 2).sum() / (targets[n] ** 2).sum()) for n in layers]
+    assert max(away) > 1
+    assert transfer._eased([2.0, 3.0], targets, x) == pytest.approx([w / max(1.0, d) for w, d in zip((2.0, 3.0), away, strict=True)])
+    own = {n: t * (1 + 1e-3) for n, t in own.items()}
+    assert transfer._eased([2.0, 3.0], own, x) == [2.0, 3.0]  # no further than they are large: as they were
+
+
+def test_defaults_of_weights_and_colours(small, photos):
+    cat = photos("chelsea.png")
+    layers = style_layers(context(small, photos), ())
+    plain = made(run_once(quick(), small, cat))
+    assert np.array_equal(plain, made(run_once(quick(layer_weights=falling(len(layers))), small, cat)))
+    assert not np.array_equal(plain, made(run_once(quick(layer_weights=(1 / len(layers),) * len(layers)), small, cat)))
+
+    def coloured(share):
+        """The part of what was changed that differs between colours."""
+        result = table(run_once(quick(natural_colours=share, optimiser="adam"), small, cat), "transfer-1").data
+        change = result[-1] - result[0]
+        return np.square(change - change.mean(0)).sum() / np.square(change).sum()
+
+    assert coloured(1.0) < 0.7 * coloured(0.0)
+
+
+def test_nothing_weighed_is_the_picture_and_sizes_too_small_for_a_style_are_left_out(small, squeezenet, photos):
+    cat = photos("chelsea.png")
+    sheet = table(run_once(quick(content_weight=0, style_weight=(0.0,), shifts=2, steps=20), small, cat), "transfer-1").data
+    assert np.array_equal(sheet[-1], sheet[0])
+    result = run_once(quick(style_scale=(0.25,), size=384, steps=1, coarse=2), squeezenet, cat)
+    assert len(table(result, "objective").lines["result"]) == 2  # of three sizes the first is too small for the style's
 
 
 def test_bad_styles_and_pictures_are_told(small, squeezenet, photos, tmp_path):
