@@ -59,7 +59,8 @@ class StyleTransfer(Technique):
     per_picture = True
     reading = (
         "The first picture is the content, the second the style. The table says how far features and Gram matrices are from those of "
-        "the content and the style, as shares of them: the one falls as the other rises."
+        "the content and the style, as shares of them: the one falls as the other rises. The objective jumps where "
+        "the picture is moved against the network's strides, or grows."
     )
     caveats = "Whether a picture is good no number here tells: look. Networks other than VGG give other, often flatter, styles."
 
