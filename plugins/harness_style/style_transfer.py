@@ -67,7 +67,7 @@ class StyleTransfer(Technique):
     style: tuple[str, ...] = Param(("textures:ihc.png",), min_length=1, description=f"style pictures; each {NAMED}")
     blend: tuple[float, ...] = Param((), description="weights of several styles, whose Gram matrices are averaged; none: all the same")
     preset: Literal["", "vgg19"] = Param("", description="vgg19: layers and pooling of the paper, for a model with VGG-19's layers")
-    content_layer: str = Param("", description="layer of the content; none: one at two fifths of the depth")
+    content_layer: str = Param("", description="layer of the content; none: one at a quarter of the depth")
     style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five over the first three quarters")
     layer_weights: tuple[float, ...] = Param(
         (), description="w_l of the style layers; none: evenly falling, as the preset all the same; their sum is 1"
