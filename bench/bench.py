@@ -512,8 +512,8 @@ def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]
 
 
 def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
-    """A step of style transfer (content, five style layers) against one forward and backward pass to the
-    deepest layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of the technique's own size."""
+    """A step of style transfer (content, five style layers) against one forward and backward pass to the deepest layer, and against
+    a plain loop with torch's L-BFGS and the same losses. One picture of the technique's own size."""
     from harness import optimise as o
     from harness_style.gram import content_layer, descent, falling, features_of, pooled, style_layers, targets_of
 

@@ -239,7 +239,7 @@ class Transfer:
         traces, stages, notes = [], [], []
         done = shown = 0
         for tall, wide in coarse_to_fine(height, width, s.coarse, LEAST):
-            if (tall, wide) != (height, width) and self.style_refusal(max(tall, wide)):
+            if (tall, wide) != (height, width) and self.plan.style_weight and self.style_refusal(max(tall, wide)):
                 continue
             small = resized(picture, tall, wide)
             if image is not None:
@@ -311,7 +311,7 @@ class Transfer:
 
     def style_refusal(self, side: int) -> str:
         """Why the network cannot look at one of the styles where the picture's longer side is `side`; empty where it can."""
-        for picture in self.styles if self.plan.style_weight else ():
+        for picture in self.styles:
             image = tensor_of(self.ctx, picture, self.style_size(side))
             reason = refusal(self.ctx, image, self.layers)
             if reason:

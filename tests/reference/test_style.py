@@ -398,6 +398,8 @@ def test_nothing_weighed_is_the_picture_and_sizes_too_small_for_a_style_are_left
     cat = photos("chelsea.png")
     sheet = table(run_once(quick(content_weight=0, style_weight=(0.0,), shifts=2, steps=20), small, cat), "transfer-1").data
     assert np.array_equal(sheet[-1], sheet[0])
+    with pytest.raises(ConfigError, match="raise style_scale"):  # its error is told even where it is not weighed
+        run_once(quick(style_weight=(0.0,), style_scale=(0.05,), size=96, steps=1), squeezenet, cat)
     result = run_once(quick(style_scale=(0.25,), size=384, steps=1, coarse=2), squeezenet, cat)
     assert len(table(result, "objective").lines["result"]) == 2  # of three sizes the first is too small for the style's
 
