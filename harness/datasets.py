@@ -126,6 +126,7 @@ class Dataset:
     names_are_indices: bool = False  # folder names may be class numbers of the model
     marks: Marks | None = None
     whole: Dataset | None = None
+    remark: str = ""  # what whoever uses it should be told
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -250,7 +251,15 @@ def image_folder(rest: str, name: str, entry: DatasetEntry) -> Dataset:
         raise DataError(f"dataset {name!r}: no pictures in {root} (looked for {', '.join(sorted(SUFFIXES))})")
     groups = [p.relative_to(root).parts[0] if p.parent != root else "" for p in paths]
     if entry.unlabelled or not all(groups):
-        return _from_files(name, root, paths, None, ())
+        loose = [path.name for path, group in zip(paths, groups, strict=True) if not group]
+        remark = ""
+        if not entry.unlabelled and len(loose) < len(paths):
+            others = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
+            remark = (
+                f"dataset {name!r} is used without labels: {root} holds pictures ({loose[0]!r}{others}) beside its folders, which else "
+                "would be its classes; move them into folders, or set `unlabelled: true` in a registry"
+            )
+        return _from_files(name, root, paths, None, (), remark=remark)
     names = sorted(set(groups))
     classes = tuple(entry.classes) if isinstance(entry.classes, list) and entry.classes else tuple(names)
     unlisted = [n for n in names if n not in classes]
@@ -433,11 +442,25 @@ def load_dataset(name: str, registry: Registry) -> Dataset:
     source: DatasetSource = load_plugins().get("datasets", scheme)
     # A source that builds on other datasets asks for the registry.
     more = {"registry": registry} if "registry" in signature(source).parameters else {}
+    if source.__module__ in (__name__, f"{__package__}.planted"):
+        for setting in ("args", "split", "files", "unlabelled"):
+            if setting in entry.model_fields_set and setting not in HEEDED[scheme]:
+                raise DataError(f"{entry.where}: dataset {name!r}: `{setting}` means nothing to a source {scheme!r}; remove it")
     try:
         dataset = source(rest, name, entry, **more)
         return with_masks(dataset, entry) if entry.masks else dataset
     except OSError as error:
         raise DataError(f"dataset {name!r}: {error.filename or ''}: {error.strerror or error}") from None
+
+
+# Settings of an entry that our own sources heed; those of other packages see to theirs themselves.
+HEEDED = {
+    "planted": ("args",),
+    "folder": ("unlabelled",),
+    "package": ("files", "unlabelled"),
+    "digits": (),
+    "torchvision": ("split",),
+}
 
 
 @hookimpl

@@ -96,7 +96,7 @@ class Record(_Part):
     status: Status
     experiment: str = ""  # the name it was first made under
     spec: dict[str, Any]  # the RunSpec
-    registries: list[str] = []  # the user's own registry files, as given
+    registries: list[str] = []  # the user's own registry files, as named
     technique: TechniqueFacts
     params: dict[str, Any]
     model: ModelFacts

@@ -348,11 +348,15 @@ def read_file(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def named_registries() -> list[Path]:
+    """The registry files that `HARNESS_REGISTRY` names, path separator between."""
+    return [Path(p) for p in os.environ.get("HARNESS_REGISTRY", "").split(os.pathsep) if p]
+
+
 def load_registry(overlays: Sequence[Path] = ()) -> Registry:
-    """Our registry with the user's files laid over it, in order; `HARNESS_REGISTRY` names more (path separator between)."""
-    named = [Path(p) for p in os.environ.get("HARNESS_REGISTRY", "").split(os.pathsep) if p]
+    """Our registry with the user's files laid over it, in order: those of `HARNESS_REGISTRY`, then those given."""
     merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    files = [shipped_path(), *named, *overlays]
+    files = [shipped_path(), *named_registries(), *overlays]
     for path in files:
         for section, entries in read_file(path).items():
             merged[section].update(entries)

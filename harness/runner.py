@@ -54,8 +54,9 @@ class Session:
     warnings: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda text: None
     done: dict[str, StoredRun] = field(default_factory=dict)  # by key; a tracker that moves a run puts its new place here
+    planned: list[dict[str, Any]] = field(default_factory=list)  # key and spec of each run, in order; without a key where none can be made
     offline: bool = False  # the tracking store cannot be reached; results stay in the spool
-    registries: tuple[str, ...] = ()  # the user's own registry files, as given
+    registries: tuple[str, ...] = ()  # the user's own registry files, as named
 
     @cached_property
     def spool(self) -> Spool:
@@ -204,6 +205,8 @@ class Runner:
     def _dataset(self, name: str) -> Dataset:
         if name not in self._datasets:
             self._datasets[name] = load_dataset(name, self.registry)
+            if self._datasets[name].remark:
+                self.session.warning(self._datasets[name].remark)
         return self._datasets[name]
 
     def _select(self, spec: RunSpec, cls: type[Technique]) -> Dataset:
@@ -222,6 +225,10 @@ class Runner:
         """All runs, in order; what is finished already is reused, and a failure stops nothing else."""
         self._tell("harness_experiment_started")
         planned = self._plans(experiment)
+        self.session.planned = [
+            {"key": plan.key if isinstance(plan, Planned) else "", "spec": spec.model_dump(mode="json")}
+            for plan, spec in zip(planned, experiment.runs, strict=True)
+        ]
         # Model by model, so that each is loaded once; answers stand in the order asked for.
         first = {name: i for i, name in reversed(list(enumerate(spec.model for spec in experiment.runs)))}
         order = sorted(range(len(planned)), key=lambda i: (first[experiment.runs[i].model], i))

@@ -15,7 +15,7 @@ import shutil
 import socket
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from datetime import datetime
 from functools import cache
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .runner import Session
 
 MANIFEST = "experiment.json"
+PLAN = "plan.json"  # what an experiment is going to run, kept before it does
 _PROBE_SECONDS = 2.0
 _PARAM_LENGTH, _TAG_LENGTH = 500, 500
 
@@ -128,8 +129,8 @@ class Tracker:
                 "back, or set $HARNESS_RUNS to a new folder"
             )
 
-    def parent(self, name: str, digest: str, command: str) -> str:
-        """The MLflow run of an experiment: the interrupted one of the same plan, or a new one."""
+    def parent(self, name: str, digest: str, command: str, planned: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The MLflow run of an experiment: the interrupted one of the same plan, or a new one, which keeps what is planned."""
         if digest not in self._parents:
             experiment = self.experiment_id(name)
             running = self.client.search_runs(
@@ -144,7 +145,10 @@ class Tracker:
                     "harness.experiment": digest,
                     "harness.command": command[:_TAG_LENGTH],
                 }
-                self._parents[digest] = self.client.create_run(experiment, tags=tags).info.run_id
+                created = self.client.create_run(experiment, tags=tags).info.run_id
+                if planned:
+                    self.client.log_text(created, json.dumps(list(planned)), PLAN)
+                self._parents[digest] = created
         return self._parents[digest]
 
     def log(self, run: StoredRun, experiment: str, parent: str | None, fresh: bool = False) -> StoredRun:
@@ -290,9 +294,25 @@ class Tracker:
             children = self.client.search_runs(
                 ids, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", order_by=["attributes.start_time ASC"], max_results=1000
             )
-            found_runs = [self._stored(child) for child in children if child.info.status != "RUNNING"]
+            stored = [self._stored(child) for child in children if child.info.status != "RUNNING"]
+            made = [run for run in stored if run is not None]
             command = parent.data.tags.get("harness.command", "")
-            return {"name": name, "title": name, "command": command, "interrupted": True}, [r for r in found_runs if r is not None]
+            return {"name": name, "title": name, "command": command, "interrupted": True}, self._of_plan(parent.info.run_id, made)
+
+    def _of_plan(self, parent: str, made: list[StoredRun]) -> list[StoredRun]:
+        """The planned runs that are there, made under `parent` or reused from others; what these build on is no run of the plan."""
+        if not any(item.path == PLAN for item in self.client.list_artifacts(parent)):
+            return made
+        with tempfile.TemporaryDirectory() as folder:
+            planned = json.loads(Path(self.client.download_artifacts(parent, PLAN, folder)).read_text(encoding="utf-8"))
+        found = []
+        for item in planned:
+            # The key of a run that lacks what it builds on is another than was planned.
+            own = next((r for r in reversed(made) if item["key"] == r.record.key or item["spec"] == r.record.spec), None)
+            run = own or (self._find(f"tags.`harness.key` = '{item['key']}' and attributes.status = 'FINISHED'") if item["key"] else None)
+            if run is not None:
+                found.append(run)
+        return found
 
     def _loose(self, name: str, ids: list[str]) -> tuple[dict[str, Any], list[StoredRun]]:
         """Runs whose experiment was killed before it could be entered: the newest of every key."""
@@ -382,7 +402,8 @@ def harness_run_started(session: Session, spec: RunSpec) -> None:
     if not session.offline:
         tracker = _of(session)
         with tracker._errors():
-            tracker.parent(session.experiment.name, session.experiment.digest(), session.experiment.command)
+            experiment = session.experiment
+            tracker.parent(experiment.name, experiment.digest(), experiment.command, session.planned)
 
 
 @hookimpl

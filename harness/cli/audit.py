@@ -73,7 +73,7 @@ def audit(
         plugins, models, [dataset], plan, [seed],
         limit=limit, select=parse_list(select, limit), device=device, precision=precision, max_batch=max_batch,
     )  # fmt: skip
-    words = ["harness", *(w for path in state.registries for w in ("-r", str(path))), verb, *models, "-d", dataset, "--profile", profile]
+    words = ["harness", *(w for path in state.used_registries() for w in ("-r", path)), verb, *models, "-d", dataset, "--profile", profile]
     words += [w for p in params for w in ("-p", p)]
     for option, value, default in (("--seed", seed, 0), ("--limit", limit, None), ("--select", select, None), ("--device", device, "auto"),
                                    ("--precision", precision, "float32"), ("--max-batch", max_batch, 32)):  # fmt: skip

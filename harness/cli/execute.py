@@ -90,7 +90,7 @@ def execute(
         root or runs_folder(),
         tracking_uri,
         warn=lambda text: click.echo(f"warning: {text}", err=True),
-        registries=tuple(str(path) for path in state.registries),
+        registries=tuple(state.used_registries()),
     )
     with progress() as watch:
         outcomes = Runner(state.registry(), state.plugins(), session, use_cache, watch).run(experiment)

@@ -48,9 +48,20 @@ class State:
     def __init__(self, registries: Sequence[Path], debug: bool, words: Sequence[str] = ()) -> None:
         self.registries, self.debug, self.words = list(registries), debug, words
 
+    def used_registries(self) -> list[str]:
+        """The user's registry files, those of the environment first: what has to be given where the environment is another."""
+        return [*self._named(), *(str(path) for path in self.registries)]
+
+    @staticmethod
+    def _named() -> list[str]:
+        from ..registry import named_registries
+
+        return [str(path) for path in named_registries()]
+
     def command(self) -> str:
-        """The command line as it was given, less what does not bear on the results: a store's address may hold a password."""
-        kept: list[str] = []
+        """The command line as it was given, with the registries of the environment and less what does not bear on the results: a store's
+        address may hold a password."""
+        kept = [word for path in self._named() for word in ("-r", path)]
         words = iter(self.words)
         for word in words:
             if word == "--tracking-uri":

@@ -27,7 +27,7 @@ def command(state: State, experiment: str, formats: tuple[str, ...], output: Pat
     root = runs_folder()
     manifest, runs = tracker_for(choose(tracking_uri, root), root).load(experiment)
     if manifest.get("interrupted"):
-        click.echo("warning: this experiment was interrupted; the report shows what it had computed itself", err=True)
+        click.echo("warning: this experiment was interrupted; the report shows what is there of it", err=True)
     folder = output or Path("out") / slug(experiment)
     for path in write_reports(state, runs, manifest["title"], experiment, manifest["command"], formats or FORMATS, folder):
         click.echo(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from harness.datasets import Dataset, evenly, load_dataset, open_picture, prepare
 from harness.errors import ConfigError, DataError
-from harness.registry import InputSpec
+from harness.registry import DatasetEntry, InputSpec
 
 SPEC = InputSpec(size=32, resize=40)
 
@@ -129,6 +130,32 @@ def test_a_folder_without_classes(tmp_path, registry):
     data = load_dataset(str(tmp_path / "flat"), registry)
     assert data.ids == ["a.JPG", "b.png"]
     assert data.labels is None
+
+
+def test_a_picture_beside_folders_of_classes_takes_their_labels_and_says_so(tmp_path, registry):
+    root = folder(tmp_path)
+    assert load_dataset(str(root), registry).remark == ""
+    save(root / "stray.png", solid("RGB", 0))
+    data = load_dataset(str(root), registry)
+    assert data.labels is None
+    assert "without labels" in data.remark and "'stray.png'" in data.remark
+    flat = save(tmp_path / "flat" / "a.png", solid("RGB", 0)).parent
+    assert load_dataset(str(flat), registry).remark == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "setting"),
+    [
+        ("digits:train", {"split": "train"}),
+        ("folder:.", {"files": ["a.png"]}),
+        ("package:skimage/data", {"args": {"size": 3}}),
+        ("planted:digits_train", {"unlabelled": True}),
+    ],
+)
+def test_a_setting_that_a_source_does_not_heed_is_refused(source, setting, registry):
+    entry = DatasetEntry(source=source, **setting)
+    with pytest.raises(DataError, match=f"`{next(iter(setting))}` means nothing to a source '{source.partition(':')[0]}'"):
+        load_dataset("mine", replace(registry, datasets={"mine": entry}))
 
 
 def test_folders_without_pictures(tmp_path, registry):

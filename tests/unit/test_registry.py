@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.cli.main import State
 from harness.errors import ConfigError, RegistryError
 from harness.registry import load_registry, read_file
 
@@ -133,6 +134,9 @@ def test_a_users_file_lies_over_ours(tmp_path, monkeypatch):
     assert "alexnet" in merged.models
     monkeypatch.setenv("HARNESS_REGISTRY", str(path))
     assert "mine" in load_registry().models
+    state = State([Path("other.yaml")], False, ["-r", "other.yaml", "run", "-m", "mine"])
+    assert state.used_registries() == [str(path), "other.yaml"]
+    assert state.command() == f"harness -r {path} -r other.yaml run -m mine"
 
 
 def test_anchors_and_exponents_are_yaml_1_2(tmp_path):

@@ -716,6 +716,29 @@ def test_an_experiment_gone_on_with_is_the_newest(go, own_state, monkeypatch):
     assert [r.record.params["act"] for r in runs] == ["over"]
 
 
+def test_an_interrupted_experiment_shows_what_it_reused(go, own_state, monkeypatch):
+    """In the order of the plan, without what its runs build on and without what it did not come to."""
+    import harness.tracking as tracking
+
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    _, (reused,) = go(probe(), name="first")
+    finished = tracking.Tracker.log
+
+    def stop(self, run, *arguments, **options):
+        if run.record.params.get("act") == "hungry":
+            raise KeyboardInterrupt
+        return finished(self, run, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking.Tracker, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            go(("above", {}), probe(), probe("hungry"), probe("unrepeatable"), name="runs")
+    manifest, runs = tracker.load("runs")
+    assert manifest["interrupted"]
+    assert [r.record.technique.name for r in runs] == ["above", "probe"]
+    assert runs[1].record.run_id == reused.run.record.run_id
+
+
 def test_a_store_that_was_moved_says_so(go, own_state, tmp_path):
     import shutil
 
