@@ -36,6 +36,7 @@ MANIFEST = "experiment.json"
 PLAN = "plan.json"  # what an experiment is going to run, kept before it does
 _PROBE_SECONDS = 2.0
 _PARAM_LENGTH, _TAG_LENGTH = 500, 500
+_PARAMS = 100  # that MLflow takes at once
 
 
 def tracking_uri(given: str, root: Path) -> str:
@@ -175,11 +176,10 @@ class Tracker:
                 params["dataset"] = record.dataset.name
             metrics = {m.name: m.value for m in record.metrics if m.value is not None}
             metrics |= {"seconds": record.seconds, "peak_memory_bytes": float(record.peak_memory_bytes)}
-            self.client.log_batch(
-                run_id,
-                metrics=[Metric(_name(k), v, started, 0) for k, v in metrics.items()],
-                params=[Param(_name(k), v[:_PARAM_LENGTH]) for k, v in list(params.items())[:100]],
-            )
+            self.client.log_batch(run_id, metrics=[Metric(_name(k), v, started, 0) for k, v in metrics.items()])
+            stored = [Param(_name(k), v[:_PARAM_LENGTH]) for k, v in params.items()]
+            for first in range(0, len(stored), _PARAMS):
+                self.client.log_batch(run_id, params=stored[first : first + _PARAMS])
             self._put(run_id, created.info.artifact_uri, run.folder)
             status = "FAILED" if record.status == "failed" else "FINISHED"
             self.client.set_terminated(run_id, status, end_time=started + int(record.seconds * 1000))

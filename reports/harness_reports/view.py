@@ -392,13 +392,13 @@ def _tile(pixels: np.ndarray, caption: str, alt: str, exact: bool, assets: Asset
 
 def _heatmaps(record: Record, artifact: Heatmaps, inputs: Artifact | None, assets: Assets) -> Panel:
     ends = [colour.limit(m, artifact.signed) for m in artifact.data]
+    if artifact.shared_scale:
+        ends = [max(ends)] * len(ends)
     if artifact.columns and not artifact.captions:
         return _map_sheet(record, artifact, ends, assets)
     over = artifact.over or ()  # set when an artifact is built
     if artifact.columns:
         return _map_row(record, artifact, ends, inputs, assets)
-    if artifact.shared_scale:
-        ends = [max(ends)] * len(ends)
     below = inputs if isinstance(inputs, Images) and over else None
     pictures = [colour.picture(below.data[i]) for i in over] if below else [None] * len(ends)
     names = [below.captions[i] if below.captions else "" for i in over] if below else [""] * len(ends)
@@ -440,7 +440,9 @@ def _map_row(record: Record, artifact: Heatmaps, ends: list[float], inputs: Arti
     return Panel(
         record.model.name,
         _rows(tiles, artifact.columns),
-        legend=Legend("-" if artifact.signed else "0", OWN_SCALE, artifact.unit, artifact.signed),
+        legend=Legend(
+            "-" if artifact.signed else "0", number(ends[0]) if artifact.shared_scale else OWN_SCALE, artifact.unit, artifact.signed
+        ),
     )
 
 
@@ -450,8 +452,6 @@ def _enlarged(pixels: np.ndarray, least: int) -> np.ndarray:
 
 def _map_sheet(record: Record, artifact: Heatmaps, ends: list[float], assets: Assets) -> Panel:
     """All maps as small tiles in one picture."""
-    if artifact.shared_scale:
-        ends = [max(ends)] * len(ends)
     drawn = [colour.balance(m, end, None) if artifact.signed else colour.heat(m, end) for m, end in zip(artifact.data, ends, strict=True)]
     page = colour.sheet([colour.enlarge(d, 26) for d in drawn], artifact.columns, 2)
     alt = f"{words(artifact.name)} of {record.model.name}: {len(drawn)} maps"

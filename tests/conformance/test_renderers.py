@@ -244,6 +244,29 @@ def test_json_holds_every_row_and_no_nan(report, plugins, tmp_path):
     assert content["runs"][0]["metrics"][1]["value"] is None
 
 
+@pytest.mark.parametrize("layout", [{}, {"columns": 2}, {"columns": 2, "captions": ["weak", "strong"]}])
+def test_one_scale_keeps_a_weak_map_weak_in_every_layout(layout):
+    from harness_reports.view import _heatmaps
+
+    class Drawn:
+        def __init__(self):
+            self.pixels = []
+
+        def image(self, pixels, exact=False):
+            self.pixels.append(pixels)
+            return "x.png"
+
+    def darkest(**more):
+        drawn = Drawn()
+        panel = _heatmaps(record(), Heatmaps("maps", np.stack([np.full((64, 64), 0.1), np.ones((64, 64))]), **layout, **more), None, drawn)
+        pixels = np.concatenate([p.reshape(len(p), -1, 3) for p in drawn.pixels], 1)
+        return pixels[:, : pixels.shape[1] // 2].mean((0, 1)), panel.legend.high
+
+    (own, words), (shared, number) = darkest(), darkest(shared_scale=True)
+    assert np.abs(own - shared).max() > 20  # on a scale of its own the weak map is drawn as strong as the other
+    assert words != number and "1" in number
+
+
 def test_labels_of_a_logarithmic_axis_are_numbers():
     import numpy as np
 

@@ -739,6 +739,16 @@ def test_an_interrupted_experiment_shows_what_it_reused(go, own_state, monkeypat
     assert runs[1].record.run_id == reused.run.record.run_id
 
 
+def test_all_parameters_of_a_run_are_tracked(go, own_state, monkeypatch):
+    import harness.tracking as tracking
+
+    monkeypatch.setattr(tracking, "_PARAMS", 2)  # more than go at once
+    _, (outcome,) = go(("above", {"value": 7}))
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    (run,) = tracker.client.search_runs([tracker.experiment_id("test")], f"tags.`harness.run_id` = '{outcome.run.record.run_id}'")
+    assert run.data.params == {"value": "7", "technique": "above", "model": "digits_cnn", "seed": "0", "dataset": "digits"}
+
+
 def test_a_store_that_was_moved_says_so(go, own_state, tmp_path):
     import shutil
 
