@@ -107,7 +107,7 @@ def saliency(registry: Registry) -> None:
     save(colour.sheet(small, 1 + len(MAPS), 4), "maps.jpg")
 
     some = data.select(
-        indices=[data.ids.index(n) for n in ("astronaut.png", "coffee.png", "motorcycle_left.png", "camera.png", "rocket.jpg")]
+        indices=[data.ids.index(n) for n in ("chelsea.png", "coffee.png", "motorcycle_left.png", "camera.png", "rocket.jpg")]
     )
     found = {a.name: a for a in run_once(GrabcutSegmentation(), model, some).artifacts}
     save(colour.sheet([resized(p, 200) for p in found["outline"].data], 5, 4), "cut_out.jpg")

@@ -17,6 +17,8 @@ BACKGROUND, FOREGROUND, MAYBE_BACKGROUND, MAYBE_FOREGROUND = range(4)  # OpenCV'
 OUTLINE = (1.0, 0.15, 0.1)
 SURE = 0.35  # how far from the threshold towards the most and the least, beyond which a place is sure to be the object's, or background
 HOLE = 0.15
+DOUBTFUL = (1.0, 0.75, 0.1)  # the outline's colour then
+APART = 0.3  # less than this between the cut-out and the rest makes it doubtful
 
 
 class GrabcutSegmentation(Technique):
@@ -26,21 +28,22 @@ class GrabcutSegmentation(Technique):
 
     A map marks what the model looks at, of a dog the head. So the map, smoothed first, of several techniques' maps the geometric mean,
     spreads to places that are alike for the network and in colour (Zhou et al. 2004; as class maps do in Ahn & Kwak 2018,
-    arXiv:1803.10464), and against it spreads the border of the picture, where the map is dark. Otsu's threshold parts what has more to do
-    with the one from what has with the other, and what is far from it is a seed. `spread=none` is the paper's own way: seeds are the pixels
-    at or above the 95 % and at or below the 30 % quantile of the map. Pieces of the cut without a seed of the object are dropped and holes
-    filled. Where the dataset has masks of the objects, the overlap is measured. Cost: the maps', one forward pass of twice the sides, and
-    the spreading and the cut on the CPU.
+    arXiv:1803.10464), and against it spread the border of the picture, where the map is dark, and what is darkest elsewhere. Otsu's
+    threshold parts what has more to do with the one from what has with the other, and what is far from it is a seed. `spread=none` is the
+    paper's own way: seeds are the pixels at or above the 95 % and at or below the 30 % quantile of the map. Pieces of the cut without a
+    seed of the object are dropped and holes filled. A cut-out that has hardly more to do with the map than the rest has is called doubtful.
+    Where the dataset has masks of the objects, the overlap is measured. Cost: the maps', one forward pass of twice the sides, and the
+    spreading and the cut on the CPU.
     """
 
     name = "grabcut_segmentation"
     family = "saliency"
-    version = 4
+    version = 5
     paper = Paper("Simonyan, Vedaldi, Zisserman", 2013, "Deep Inside Convolutional Networks", arxiv="1312.6034")
     needs = frozenset({"images"})
     reading = (
-        "The outline should follow the object that the model names. Seeds: red is taken for the object, blue for background, the "
-        "rest is decided by colour."
+        "The outline should follow the object that the model names; it is yellow where the cut-out is doubtful. Seeds: red is taken for "
+        "the object, blue for background, the rest is decided by colour."
     )
     caveats = (
         "Neither the spreading nor the cut knows objects: where object and background are alike it leaks, and it may take along what the "
@@ -76,14 +79,16 @@ class GrabcutSegmentation(Technique):
         pixels = (ctx.images.cpu().float().numpy().transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
         pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
         trimaps, cuts, notes = [], [], []
+        apart: list[float] = []  # of all pictures, or of none
         spreads = self.spread == "alike" and bool(layers_of(ctx.model))
         twice = spreads and takes_twice(ctx.model)
         if self.spread == "alike" and not spreads:
             notes.append(f"{ctx.model.name} has no layers with maps that say what is alike; seeds are quantiles of the map alone")
         for i, (name, values, picture) in enumerate(zip(ctx.ids, maps, pixels, strict=True)):
-            seeds = self.trimap(values)
+            seeds, judge = self.trimap(values), np.zeros_like(values)
             if spreads and (seeds == FOREGROUND).any():
-                seeds = sides(likely(ctx.model, ctx.images[i : i + 1], values, twice))
+                parting, judge = likely(ctx.model, ctx.images[i : i + 1], values, twice)
+                seeds = sides(parting)
             ctx.report("pictures", i + 1, len(ctx.ids))
             if not (seeds == FOREGROUND).any() or not (seeds == BACKGROUND).any():
                 notes.append(f"{name}: the map is too flat for seeds of both kinds; nothing is cut out")
@@ -91,7 +96,9 @@ class GrabcutSegmentation(Technique):
             else:
                 cuts.append(self.cut(picture, seeds))
             trimaps.append(seeds)
-        return self._result(ctx, pixels, np.stack(trimaps), np.stack(cuts), notes)
+            if spreads:
+                apart.append(contrast(judge, cuts[-1]))
+        return self._result(ctx, pixels, np.stack(trimaps), np.stack(cuts), apart, notes)
 
     def smoothed(self, ctx: Context) -> np.ndarray:
         """(N, H, W) the map's strength in favour of the target, blurred."""
@@ -141,12 +148,19 @@ class GrabcutSegmentation(Technique):
             found = without_holes(found)
         return found
 
-    def _result(self, ctx: Context, pixels: np.ndarray, trimaps: np.ndarray, cuts: np.ndarray, notes: list[str]) -> Result:
+    def _result(
+        self, ctx: Context, pixels: np.ndarray, trimaps: np.ndarray, cuts: np.ndarray, apart: list[float], notes: list[str]
+    ) -> Result:
         images = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255
         texts = captions(ctx)
         share = cuts.mean((1, 2))
-        shares = [f"{text}, {100 * value:.0f} % of the picture" for text, value in zip(texts, share, strict=True)]
-        outlined = np.where(edges(cuts)[:, None], np.array(OUTLINE, np.float32)[None, :, None, None], images)
+        doubtful = [value < APART for value in apart] or [False] * len(cuts)
+        shares = [
+            f"{text}, {100 * value:.0f} % of the picture{', doubtful' if doubt else ''}"
+            for text, value, doubt in zip(texts, share, doubtful, strict=True)
+        ]
+        colours = np.array([DOUBTFUL if doubt else OUTLINE for doubt in doubtful], np.float32)
+        outlined = np.where(edges(cuts)[:, None], colours[:, :, None, None], images)
         alone = np.where(cuts[:, None], images, np.float32(1))
         seeds = (trimaps == FOREGROUND).astype(np.float32) - (trimaps == BACKGROUND)
         small = images.shape[-1] < 64
@@ -157,6 +171,9 @@ class GrabcutSegmentation(Technique):
             Heatmaps("mask", cuts.astype(np.float32), captions=texts, unit="1 object", shared_scale=True),
         ]  # fmt: skip
         metrics = [Metric("object_share", float(share.mean()), per_image=share.tolist(), about="share of the picture that is cut out")]
+        if apart:
+            about = f"by how much more the cut-out has to do with the map than the rest has; below {APART} it is doubtful"
+            metrics.append(Metric("apart", float(np.mean(apart)), better="higher", per_image=apart, about=about))
         marks = ctx.dataset.marks if ctx.masks is not None else None
         if ctx.masks is not None and marks is not None and marks.swapped is None:  # a mark that can be swapped is a cue, no object
             masks = ctx.masks.cpu().numpy()
@@ -188,6 +205,11 @@ def sides(values: np.ndarray) -> np.ndarray:
     seeds[values > middle + SURE * (high - middle)] = FOREGROUND
     seeds[values < middle - SURE * (middle - low)] = BACKGROUND
     return seeds
+
+
+def contrast(values: np.ndarray, cut: np.ndarray) -> float:
+    """Mean of values (H, W) within a cut bool (H, W) less that of the rest; 0 where one of them is empty."""
+    return float(values[cut].mean() - values[~cut].mean()) if cut.any() and not cut.all() else 0.0
 
 
 def without_holes(mask: np.ndarray) -> np.ndarray:

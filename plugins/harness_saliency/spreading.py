@@ -18,10 +18,11 @@ DEPTHS = 4  # layers whose features are compared
 COLOUR, SPREAD = 0.5, 0.5  # weight of likeness in colour; its squared width, in deviations of the picture's colours
 NEAR, WIDTH = 0.3, 0.25  # of places far apart this share counts; how far near reaches, as a share of the side
 FLOOR = 0.05  # below this two places are not alike at all
-POWER = 4  # of likeness: the less alike two places are, the less passes between them
+POWER = 3  # of likeness: the less alike two places are, the less passes between them
 KEPT = 0.99  # what a place passes on; the rest is its own value
 RIM = 1  # places along the border, from which background spreads
 DARK = 0.6  # quantile of the map up to which a place of the border is background
+LOW, LESS = 0.3, 0.2  # quantile up to which any place is, and how much less than those of the border
 
 
 def layers_of(model: LoadedModel) -> list[str]:
@@ -41,24 +42,31 @@ def takes_twice(model: LoadedModel) -> bool:
     return not refuses(model, 2 * model.input.size, layers_of(model)[-1])
 
 
-def likely(model: LoadedModel, image: Tensor, strength: np.ndarray, twice: bool = False) -> np.ndarray:
-    """float (H, W) in [-1, 1]: by how much one picture (1, C, H, W) has more to do with what a map (H, W) marks than with the unmarked part
-    of its border; both are spread between places that are alike, and scaled to 1.
+def likely(model: LoadedModel, image: Tensor, strength: np.ndarray, twice: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """float (H, W) in [-1, 1], twice: by how much one picture (1, C, H, W) has more to do with what a map (H, W) marks than with its
+    unmarked parts; all are spread between places that are alike, and scaled to 1.
 
-    With `twice` the picture is looked at in twice its size. Cost: one forward pass, and a system of side^2 equations on the CPU, side being
-    at most 56.
+    The first is for parting the two: of the map its square, which leaves out faint marks on what lies around the object, against the
+    border and, for less, all that is dark. The second is for judging what was parted: the map itself against the border. With `twice` the
+    picture is looked at in twice its size. Cost: one forward pass, and a system of side^2 equations on the CPU, side being at most 56.
     """
     import cv2
 
     side = min(GRID, *image.shape[2:])
     small = cv2.resize(strength, (side, side), interpolation=cv2.INTER_AREA)
+    small = small / max(small.max(), 1e-30)
     rim = np.ones((side, side), bool)
     rim[RIM : side - RIM, RIM : side - RIM] = False
-    background = rim & (small <= np.quantile(small, DARK))
-    found = spread(alike(model, image, side, twice), np.stack([small, background.astype(float)]).reshape(2, -1))
-    marked, border = (found / found.max(1, keepdims=True).clip(1e-30)).reshape(2, side, side)
-    large: np.ndarray = cv2.resize(marked - border, strength.shape[::-1], interpolation=cv2.INTER_CUBIC)
-    return large.clip(-1, 1)
+    border = (rim & (small <= np.quantile(small, DARK))).astype(float)
+    dark = border + LESS * (small <= np.quantile(small, LOW))
+    found = spread(alike(model, image, side, twice), np.stack([small**2, dark, small, border]).reshape(4, -1))
+    bright, dark, marked, border = (found / found.max(1, keepdims=True).clip(1e-30)).reshape(4, side, side)
+
+    def enlarged(values: np.ndarray) -> np.ndarray:
+        large: np.ndarray = cv2.resize(values, strength.shape[::-1], interpolation=cv2.INTER_CUBIC)
+        return large.clip(-1, 1)
+
+    return enlarged(bright - dark), enlarged(marked - border)
 
 
 def spread(likeness: np.ndarray, values: np.ndarray, kept: float = KEPT) -> np.ndarray:

@@ -15,7 +15,7 @@ from harness.models import LoadedModel
 from harness.registry import InputSpec
 from harness.technique import Used
 from harness_saliency import GrabcutSegmentation, Saliency
-from harness_saliency.grabcut_segmentation import BACKGROUND, FOREGROUND, iou, sides, without_holes
+from harness_saliency.grabcut_segmentation import APART, BACKGROUND, FOREGROUND, contrast, iou, sides, without_holes
 from harness_saliency.spreading import alike, likely, spread
 
 
@@ -30,9 +30,9 @@ def square_on_noise(side=64):
     return picture, mask, values
 
 
-def with_map(picture, values, **more):
-    """A context in which `saliency` has given `values`."""
-    model = LoadedModel(nn.Sequential(nn.Flatten(), nn.Linear(picture.size, 2)), InputSpec(size=len(picture)))
+def with_map(picture, values, model=None, **more):
+    """A context in which `saliency` has given `values`; the model has no maps if none is given."""
+    model = model or LoadedModel(nn.Sequential(nn.Flatten(), nn.Linear(picture.size, 2)), InputSpec(size=len(picture)))
     images = to_images(picture[None], model.device)
     ctx = Context(model, images=images, ids=["p"], technique="grabcut_segmentation", **more)
     ctx.used = {"saliency": Used(Saliency())}
@@ -145,11 +145,43 @@ def test_a_map_spreads_over_what_is_alike_and_the_same_each_time():
     spot = np.exp(-((y - 24.0) ** 2 + (x - 18.0) ** 2) / 40)  # in the disc, off its middle
     first, second = (likely(model, image, spot) for _ in range(2))
     assert np.array_equal(first, second)
-    assert first.shape == (64, 64) and np.abs(first).max() <= 1
     inner = cv2.erode(mask.astype(np.uint8), np.ones((5, 5))) > 0
     outer = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5))) == 0
-    assert first[inner].min() > first[outer].max()
+    for found in first:
+        assert found.shape == (64, 64) and np.abs(found).max() <= 1
+        assert found[inner].min() > found[outer].max()
     assert spot[inner].min() < spot[outer].max()  # which the map alone does not say
+    assert contrast(first[1], mask) > APART
+
+
+def test_what_hardly_differs_from_the_rest_is_doubtful():
+    values = np.zeros((10, 10))
+    values[:5] = 0.5
+    cut = np.zeros((10, 10), bool)
+    assert contrast(values, cut) == contrast(values, ~cut) == 0
+    cut[:5] = True
+    assert contrast(values, cut) == 0.5
+    cut[:, 5:] = True  # half of each
+    assert contrast(values, cut) == pytest.approx(0.5 * 50 / 75)
+
+
+def test_a_doubtful_cut_out_is_called_so(monkeypatch):
+    """By its caption, by the colour of its outline and by its measure."""
+    import harness_saliency.grabcut_segmentation as module
+
+    picture, mask = halves()
+    ctx = with_map(picture, mask.astype(float), small_network())
+    sure = GrabcutSegmentation().run(ctx)
+    monkeypatch.setattr(module, "APART", 3.0)
+    doubted = GrabcutSegmentation().run(ctx)
+    for result, doubt in ((sure, False), (doubted, True)):
+        outline = next(a for a in result.artifacts if a.name == "outline")
+        assert outline.captions[0].endswith(", doubtful") == doubt
+        colour = np.array(module.DOUBTFUL if doubt else module.OUTLINE, np.float32)
+        assert (outline.data[0] == colour[:, None, None]).all(0).any()
+    assert next(m for m in sure.metrics if m.name == "apart").value > APART
+    plain = GrabcutSegmentation(spread="none").run(ctx)  # which has no measure of it
+    assert not plain.artifacts[0].captions[0].endswith("doubtful") and "apart" not in {m.name for m in plain.metrics}
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 8, 30])
@@ -158,8 +190,8 @@ def test_spreading_in_small_pictures_and_in_one_colour(side):
     drawn = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
     strength = np.random.default_rng(0).random((side, side))
     for image in (torch.full((1, 3, side, side), 0.5), drawn):
-        found = likely(model, image, strength)
-        assert found.shape == (side, side) and np.isfinite(found).all()
+        for found in likely(model, image, strength):
+            assert found.shape == (side, side) and np.isfinite(found).all()
 
 
 def test_likeness_is_symmetric_and_every_place_has_some():
