@@ -517,7 +517,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     from harness import optimise as o
     from harness_style.gram import content_layer, descent, falling, features_of, pooled, style_layers, targets_of
 
-    images = torch.rand((1, 3, 288, 384), generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    images = torch.rand((1, 3, 384, 512), generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     ctx = context(model, images, "style_transfer", 1)
     layers, content = style_layers(ctx, ()), content_layer(ctx, "")
     fine = style_layers(ctx, (), fine=True)

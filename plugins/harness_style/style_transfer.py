@@ -94,7 +94,7 @@ class StyleTransfer(Technique):
     natural_colours: float = Param(
         1.0, ge=0, le=1, description="how far steps follow the colours of natural pictures, against coloured fringes"
     )
-    size: int = Param(384, ge=8, le=8192, description="longer side of the pictures")
+    size: int = Param(512, ge=8, le=8192, description="longer side of the pictures")
     colours: Literal["style", "content"] = Param("style", description="content: the lightness of the result with the picture's own colours")
     dream: float = Param(0.0, ge=0, description="weight of a layer's squared norm, which makes it dream on top")
     dream_layer: str = Param("", description="the layer that dreams; none: the content's")
