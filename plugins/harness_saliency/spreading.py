@@ -22,7 +22,7 @@ POWER = 3  # of likeness: the less alike two places are, the less passes between
 KEPT = 0.99  # what a place passes on; the rest is its own value
 RIM = 1  # places along the border, from which background spreads
 DARK = 0.6  # quantile of the map up to which a place of the border is background
-LOW, LESS = 0.3, 0.2  # quantile up to which any place is, and how much less than those of the border
+LOW, LESS = 0.3, 0.2  # quantile up to which any place is, and what it counts where one of the border counts 1
 
 
 def layers_of(model: LoadedModel) -> list[str]:
