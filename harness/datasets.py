@@ -110,6 +110,11 @@ class Marks:
         return replace(self, get=lambda i: get(int(keep[i])), swapped=None if swapped is None else lambda i: swapped(int(keep[i])))
 
 
+def because(data: Dataset) -> str:
+    """What a message says of why a dataset has no labels: '' or ': ...'."""
+    return f": {data.remark}" if data.remark else ""
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Pictures in a fixed order. `get(i)` opens the i-th; `labels` (N,) index `classes`; `marks` is what is marked in them.
@@ -442,7 +447,7 @@ def load_dataset(name: str, registry: Registry) -> Dataset:
     source: DatasetSource = load_plugins().get("datasets", scheme)
     # A source that builds on other datasets asks for the registry.
     more = {"registry": registry} if "registry" in signature(source).parameters else {}
-    if source.__module__ in (__name__, f"{__package__}.planted"):
+    if source is harness_datasets().get(scheme):
         for setting in ("args", "split", "files", "unlabelled"):
             if setting in entry.model_fields_set and setting not in HEEDED[scheme]:
                 raise DataError(f"{entry.where}: dataset {name!r}: `{setting}` means nothing to a source {scheme!r}; remove it")

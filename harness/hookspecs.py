@@ -60,6 +60,11 @@ def harness_run_finished(session: Session, spec: RunSpec, run: StoredRun) -> Non
     """A run has ended, in success or failure; its record stands in the spool, and whoever stores it may remove it."""
 
 
+@hookspec
+def harness_run_reused(session: Session, spec: RunSpec, run: StoredRun) -> None:
+    """A run of the experiment is there already and is not computed again."""
+
+
 @hookspec(firstresult=True)
 def harness_find_run(session: Session, key: str) -> StoredRun | None:
     """A finished run of that key in the store, or None."""

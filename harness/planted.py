@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .datasets import Dataset, Marks, load_dataset
+from .datasets import Dataset, Marks, because, load_dataset
 from .errors import DataError, RegistryError, did_you_mean
 from .registry import DatasetEntry, Registry
 from .technique import describe
@@ -53,7 +53,7 @@ def planted(rest: str, name: str, entry: DatasetEntry, registry: Registry) -> Da
     # Without this one: two that name each other end in an error and not in a circle.
     base = load_dataset(rest, replace(registry, datasets={k: v for k, v in registry.datasets.items() if k != name}))
     if base.labels is None:
-        raise DataError(f"{entry.where}: dataset {name!r}: {rest!r} has no labels; a cue goes with a class")
+        raise DataError(f"{entry.where}: dataset {name!r}: {rest!r} has no labels; a cue goes with a class{because(base)}")
     keep, labels, classes = _grouped(plan, base, f"{entry.where}: dataset {name!r}")
     unknown = [c for c in plan.of if c not in classes]
     if unknown:

@@ -54,7 +54,6 @@ class Session:
     warnings: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda text: None
     done: dict[str, StoredRun] = field(default_factory=dict)  # by key; a tracker that moves a run puts its new place here
-    planned: list[dict[str, Any]] = field(default_factory=list)  # key and spec of each run, in order; without a key where none can be made
     offline: bool = False  # the tracking store cannot be reached; results stay in the spool
     registries: tuple[str, ...] = ()  # the user's own registry files, as named
 
@@ -225,10 +224,6 @@ class Runner:
         """All runs, in order; what is finished already is reused, and a failure stops nothing else."""
         self._tell("harness_experiment_started")
         planned = self._plans(experiment)
-        self.session.planned = [
-            {"key": plan.key if isinstance(plan, Planned) else "", "spec": spec.model_dump(mode="json")}
-            for plan, spec in zip(planned, experiment.runs, strict=True)
-        ]
         # Model by model, so that each is loaded once; answers stand in the order asked for.
         first = {name: i for i, name in reversed(list(enumerate(spec.model for spec in experiment.runs)))}
         order = sorted(range(len(planned)), key=lambda i: (first[experiment.runs[i].model], i))
@@ -311,6 +306,8 @@ class Runner:
     def _one(self, plan: Planned, number: int, total: int) -> Outcome:
         self.watch(Event("start", plan.spec, number, total))
         outcome = self._obtain(plan, number, total)
+        if outcome.how == "reused":
+            self._tell("harness_run_reused", spec=plan.spec, run=outcome.run)
         self.watch(Event("end", plan.spec, number, total, outcome=outcome))
         return outcome
 

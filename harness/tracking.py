@@ -15,25 +15,25 @@ import shutil
 import socket
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from .errors import ConfigError, TrackingError
+from .errors import ConfigError, StorageError, TrackingError
 from .hookspecs import hookimpl
 from .paths import inside
 from .record import RECORD, Manifest, Record, StoredRun, flat, read_record, write_json
 
 if TYPE_CHECKING:
-    from .experiment import RunSpec
+    from .experiment import Experiment, RunSpec
     from .runner import Session
 
 MANIFEST = "experiment.json"
-PLAN = "plan.json"  # what an experiment is going to run, kept before it does
+_REUSED = "harness.reused."  # and a run's id, on the run of an experiment
 _PROBE_SECONDS = 2.0
 _PARAM_LENGTH, _TAG_LENGTH = 500, 500
 _PARAMS = 100  # that MLflow takes at once
@@ -130,8 +130,8 @@ class Tracker:
                 "back, or set $HARNESS_RUNS to a new folder"
             )
 
-    def parent(self, name: str, digest: str, command: str, planned: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The MLflow run of an experiment: the interrupted one of the same plan, or a new one, which keeps what is planned."""
+    def parent(self, name: str, digest: str, command: str) -> str:
+        """The MLflow run of an experiment: the interrupted one of the same plan, or a new one."""
         if digest not in self._parents:
             experiment = self.experiment_id(name)
             running = self.client.search_runs(
@@ -146,10 +146,7 @@ class Tracker:
                     "harness.experiment": digest,
                     "harness.command": command[:_TAG_LENGTH],
                 }
-                created = self.client.create_run(experiment, tags=tags).info.run_id
-                if planned:
-                    self.client.log_text(created, json.dumps(list(planned)), PLAN)
-                self._parents[digest] = created
+                self._parents[digest] = self.client.create_run(experiment, tags=tags).info.run_id
         return self._parents[digest]
 
     def log(self, run: StoredRun, experiment: str, parent: str | None, fresh: bool = False) -> StoredRun:
@@ -176,10 +173,10 @@ class Tracker:
                 params["dataset"] = record.dataset.name
             metrics = {m.name: m.value for m in record.metrics if m.value is not None}
             metrics |= {"seconds": record.seconds, "peak_memory_bytes": float(record.peak_memory_bytes)}
-            self.client.log_batch(run_id, metrics=[Metric(_name(k), v, started, 0) for k, v in metrics.items()])
+            measured = [Metric(_name(k), v, started, 0) for k, v in metrics.items()]
             stored = [Param(_name(k), v[:_PARAM_LENGTH]) for k, v in params.items()]
             for first in range(0, len(stored), _PARAMS):
-                self.client.log_batch(run_id, params=stored[first : first + _PARAMS])
+                self.client.log_batch(run_id, metrics=[] if first else measured, params=stored[first : first + _PARAMS])
             self._put(run_id, created.info.artifact_uri, run.folder)
             status = "FAILED" if record.status == "failed" else "FINISHED"
             self.client.set_terminated(run_id, status, end_time=started + int(record.seconds * 1000))
@@ -190,6 +187,14 @@ class Tracker:
             local = inside(self.root / "fetched", record.run_id)
             shutil.copytree(run.folder, local, dirs_exist_ok=True)
         return StoredRun(record, local)
+
+    def note(self, experiment: Experiment, run: StoredRun) -> None:
+        """That an experiment reuses a run of the store; one that waits in the spool is sent later, and belongs to another."""
+        with self._errors():
+            known = self._ids.get(run.record.run_id)
+            if known is not None:
+                parent = self.parent(experiment.name, experiment.digest(), experiment.command)
+                self.client.set_tag(parent, _REUSED + run.record.run_id, known)
 
     def _put(self, run_id: str, artifact_uri: str, folder: Path) -> None:
         local = _local(artifact_uri)
@@ -297,22 +302,25 @@ class Tracker:
             stored = [self._stored(child) for child in children if child.info.status != "RUNNING"]
             made = [run for run in stored if run is not None]
             command = parent.data.tags.get("harness.command", "")
-            return {"name": name, "title": name, "command": command, "interrupted": True}, self._of_plan(parent.info.run_id, made)
+            return {"name": name, "title": name, "command": command, "interrupted": True}, self._with_reused(parent, made)
 
-    def _of_plan(self, parent: str, made: list[StoredRun]) -> list[StoredRun]:
-        """The planned runs that are there, made under `parent` or reused from others; what these build on is no run of the plan."""
-        if not any(item.path == PLAN for item in self.client.list_artifacts(parent)):
-            return made
-        with tempfile.TemporaryDirectory() as folder:
-            planned = json.loads(Path(self.client.download_artifacts(parent, PLAN, folder)).read_text(encoding="utf-8"))
+    def _with_reused(self, parent: Any, made: list[StoredRun]) -> list[StoredRun]:
+        """What an interrupted experiment had reused, and what it made; of one run the later."""
+        from mlflow.exceptions import MlflowException
+
+        def spec(run: StoredRun) -> str:
+            return json.dumps(run.record.spec, sort_keys=True)
+
         found = []
-        for item in planned:
-            # The key of a run that lacks what it builds on is another than was planned.
-            own = next((r for r in reversed(made) if item["key"] == r.record.key or item["spec"] == r.record.spec), None)
-            run = own or (self._find(f"tags.`harness.key` = '{item['key']}' and attributes.status = 'FINISHED'") if item["key"] else None)
-            if run is not None:
-                found.append(run)
-        return found
+        for tag, run_id in parent.data.tags.items():
+            if tag.startswith(_REUSED):
+                with suppress(MlflowException, StorageError):  # deleted, or a record that cannot be read: the others are still to be seen
+                    found.append(self._stored(self.client.get_run(run_id)))
+        # What failed is not reused: a failed run of the same kind is older.
+        own = {spec(run) for run in made if run.record.status != "failed"}
+        reused = sorted((run for run in found if run is not None and spec(run) not in own), key=lambda run: run.record.started)
+        mended = {spec(run) for run in reused}
+        return [*reused, *(run for run in made if spec(run) not in mended)]
 
     def _loose(self, name: str, ids: list[str]) -> tuple[dict[str, Any], list[StoredRun]]:
         """Runs whose experiment was killed before it could be entered: the newest of every key."""
@@ -402,8 +410,14 @@ def harness_run_started(session: Session, spec: RunSpec) -> None:
     if not session.offline:
         tracker = _of(session)
         with tracker._errors():
-            experiment = session.experiment
-            tracker.parent(experiment.name, experiment.digest(), experiment.command, session.planned)
+            tracker.parent(session.experiment.name, session.experiment.digest(), session.experiment.command)
+
+
+@hookimpl
+def harness_run_reused(session: Session, run: StoredRun) -> None:
+    """Note it with the experiment's MLflow run, so that an interrupted one can show it."""
+    if not session.offline:
+        _of(session).note(session.experiment, run)
 
 
 @hookimpl

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .builders import build_module
 from .context import drawn, stable_seed, to_images
-from .datasets import Dataset, class_names, evenly, load_dataset
+from .datasets import Dataset, because, class_names, evenly, load_dataset
 from .device import device_kind, device_settings
 from .errors import ConfigError
 from .models import LoadedModel
@@ -109,7 +109,9 @@ def _datasets(name: str, recipe: RecipeEntry, registry: Registry) -> tuple[Datas
     classes = class_names(recipe.classes)
     for found in (data, test):
         if found.labels is None or found.labels_for(classes or found.classes) is None:
-            raise ConfigError(f"{recipe.where}: recipe {name!r} needs datasets with labels for its classes; {found.name} has none")
+            raise ConfigError(
+                f"{recipe.where}: recipe {name!r} needs datasets with labels for its classes; {found.name} has none{because(found)}"
+            )
     return data, test
 
 

@@ -50,7 +50,7 @@ class State:
 
     def used_registries(self) -> list[str]:
         """The user's registry files, those of the environment first: what has to be given where the environment is another."""
-        return [*self._named(), *(str(path) for path in self.registries)]
+        return list(dict.fromkeys([*self._named(), *(str(path) for path in self.registries)]))
 
     @staticmethod
     def _named() -> list[str]:
@@ -61,7 +61,8 @@ class State:
     def command(self) -> str:
         """The command line as it was given, with the registries of the environment and less what does not bear on the results: a store's
         address may hold a password."""
-        kept = [word for path in self._named() for word in ("-r", path)]
+        given = {str(path) for path in self.registries}
+        kept = [word for path in self._named() if path not in given for word in ("-r", path)]
         words = iter(self.words)
         for word in words:
             if word == "--tracking-uri":

@@ -68,6 +68,8 @@ def _dataset(registry: Any, name: str, as_json: bool) -> None:
     from ..datasets import load_dataset
 
     data = load_dataset(name, registry)
+    if data.remark:
+        click.echo(f"warning: {data.remark}", err=True)
     facts = {
         "name": name,
         "description": registry.dataset(name).description,

@@ -43,7 +43,8 @@ def command(state: State, folder: Path, tolerance: float, device: str | None) ->
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a report of this harness ({type(error).__name__})") from None
     named = list(dict.fromkeys(str(name) for claim in claims for name in claim.get("registries", ())))
-    if named and not state.used_registries():
+    used = {Path(name).name for name in state.used_registries()}  # a copy may lie elsewhere
+    if any(Path(name).name not in used for name in named):
         # Not read by itself: a registry names code to run, and a report may come from anybody.
         given = " ".join(f"-r {name}" for name in named)
         click.echo(f"warning: the report was made with {given}; if you trust it, run `harness {given} verify {folder}`", err=True)

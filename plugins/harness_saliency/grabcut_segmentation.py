@@ -42,8 +42,8 @@ class GrabcutSegmentation(Technique):
     paper = Paper("Simonyan, Vedaldi, Zisserman", 2013, "Deep Inside Convolutional Networks", arxiv="1312.6034")
     needs = frozenset({"images"})
     reading = (
-        "The outline should follow the object that the model names; it is yellow where the cut-out is doubtful. Seeds: red is taken for "
-        "the object, blue for background, the rest is decided by colour."
+        "The outline should follow the object that the model names; it is yellow where the cut-out is doubtful, which only spreading can "
+        "tell. Seeds: red is taken for the object, blue for background, the rest is decided by colour."
     )
     caveats = (
         "Neither the spreading nor the cut knows objects: where object and background are alike it leaks, and it may take along what the "

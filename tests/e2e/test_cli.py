@@ -158,7 +158,7 @@ def test_the_command_kept_has_no_store_in_it():
     assert State((), False, words).command() == "harness run e.yaml --limit 3"
 
 
-def test_the_command_in_a_report_makes_it_again(cli, tmp_path):
+def test_the_command_in_a_report_makes_it_again(cli, tmp_path, monkeypatch):
     """With the user's own registry, in another folder, with options: the experiment's command and each run's."""
     import shlex
 
@@ -179,12 +179,16 @@ def test_the_command_in_a_report_makes_it_again(cli, tmp_path):
     assert single in text
     for command in (content["command"], single):
         assert "reused" in cli(*shlex.split(command)[1:])[1]
-    assert "1 of 1 runs as the report claims" in cli("-r", "r.yaml", "verify", "a")[0]
+    out, err = cli("-r", "r.yaml", "verify", "a")
+    assert "1 of 1 runs as the report claims" in out and "if you trust it" not in err
     # a registry names code to run: that of a report, which may be anybody's, is not read unasked
     (tmp_path / "net.py").write_text("raise SystemExit('code of the report was run')\n")
-    _, err = cli("verify", "a", code=2)
-    assert "if you trust it, run `harness -r r.yaml verify a`" in err
-    assert "no model 'mine'" in err
+    (tmp_path / "another.yaml").write_text("models: {}\n")
+    for others in ("", "another.yaml"):
+        monkeypatch.setenv("HARNESS_REGISTRY", others)
+        _, err = cli("verify", "a", code=2)
+        assert "if you trust it, run `harness -r r.yaml verify a`" in err
+        assert "no model 'mine'" in err
 
 
 def test_compare_puts_models_side_by_side(cli, tmp_path):

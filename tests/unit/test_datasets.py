@@ -139,6 +139,9 @@ def test_a_picture_beside_folders_of_classes_takes_their_labels_and_says_so(tmp_
     data = load_dataset(str(root), registry)
     assert data.labels is None
     assert "without labels" in data.remark and "'stray.png'" in data.remark
+    planted = DatasetEntry(source=f"planted:{root}", args={"cue": "patch", "of": ["cat"], "correlation": 0.9})
+    with pytest.raises(DataError, match=r"has no labels.*'stray\.png'"):
+        load_dataset("mine", replace(registry, datasets={"mine": planted}))
     flat = save(tmp_path / "flat" / "a.png", solid("RGB", 0)).parent
     assert load_dataset(str(flat), registry).remark == ""
 

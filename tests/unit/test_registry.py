@@ -137,6 +137,8 @@ def test_a_users_file_lies_over_ours(tmp_path, monkeypatch):
     state = State([Path("other.yaml")], False, ["-r", "other.yaml", "run", "-m", "mine"])
     assert state.used_registries() == [str(path), "other.yaml"]
     assert state.command() == f"harness -r {path} -r other.yaml run -m mine"
+    again = State([path, Path("other.yaml")], False, ["-r", str(path), "-r", "other.yaml", "run", "-m", "mine"])
+    assert again.command() == state.command() and again.used_registries() == state.used_registries()
 
 
 def test_anchors_and_exponents_are_yaml_1_2(tmp_path):

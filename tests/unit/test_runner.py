@@ -716,27 +716,64 @@ def test_an_experiment_gone_on_with_is_the_newest(go, own_state, monkeypatch):
     assert [r.record.params["act"] for r in runs] == ["over"]
 
 
-def test_an_interrupted_experiment_shows_what_it_reused(go, own_state, monkeypatch):
-    """In the order of the plan, without what its runs build on and without what it did not come to."""
+@pytest.fixture
+def interrupted(go, monkeypatch):
+    """Runs an experiment that is stopped at `probe("hungry")`."""
     import harness.tracking as tracking
 
-    tracker = tracker_for(tracking_uri("", own_state), own_state)
-    _, (reused,) = go(probe(), name="first")
     finished = tracking.Tracker.log
 
     def stop(self, run, *arguments, **options):
-        if run.record.params.get("act") == "hungry":
+        if options.get("fresh") and run.record.params.get("act") == "hungry":
             raise KeyboardInterrupt
         return finished(self, run, *arguments, **options)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(tracking.Tracker, "log", stop)
-        with pytest.raises(KeyboardInterrupt):
-            go(("above", {}), probe(), probe("hungry"), probe("unrepeatable"), name="runs")
+    def run(*techniques, **options):
+        with monkeypatch.context() as patched:
+            patched.setattr(tracking.Tracker, "log", stop)
+            with pytest.raises(KeyboardInterrupt):
+                go(*techniques, probe("hungry"), probe("unrepeatable"), name="runs", **options)
+
+    return run
+
+
+def test_an_interrupted_experiment_shows_what_it_reused(go, own_state, interrupted):
+    """And not what it did not come to, though that is in the store."""
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    _, (reused, _) = go(probe(), probe("unrepeatable"), name="first")
+    interrupted(("above", {}), probe())
     manifest, runs = tracker.load("runs")
     assert manifest["interrupted"]
-    assert [r.record.technique.name for r in runs] == ["above", "probe"]
-    assert runs[1].record.run_id == reused.run.record.run_id
+    assert [r.record.technique.name for r in runs] == ["probe", "base", "above"]
+    assert runs[0].record.run_id == reused.run.record.run_id
+
+
+def test_an_interrupted_experiment_shows_what_it_computed_anew(go, own_state, interrupted):
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    _, (old,) = go(probe(), name="first")
+    interrupted(probe())  # which reuses it
+    interrupted(probe(), cache=False)
+    (run,) = tracker.load("runs")[1]
+    assert run.record.params["act"] == "work" and run.record.run_id != old.run.record.run_id
+
+
+def test_a_failed_run_gives_way_to_one_that_is_reused(go, own_state, interrupted, monkeypatch):
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    with monkeypatch.context() as patched:
+        patched.setattr(Probe, "run", lambda self, ctx: 1 / 0)
+        interrupted(probe())
+    assert [r.record.status for r in tracker.load("runs")[1]] == ["failed"]
+    _, (good,) = go(probe(), name="another")
+    interrupted(probe())
+    assert [r.record.run_id for r in tracker.load("runs")[1]] == [good.run.record.run_id]
+
+
+def test_a_reused_run_whose_files_are_gone_costs_only_itself(go, own_state, interrupted):
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    _, (lost, kept) = go(probe(), probe("notes2"), name="first")
+    interrupted(probe(), probe("notes2"))
+    (lost.run.folder / "record.json").write_text("{")
+    assert [r.record.run_id for r in tracker.load("runs")[1]] == [kept.run.record.run_id]
 
 
 def test_all_parameters_of_a_run_are_tracked(go, own_state, monkeypatch):
