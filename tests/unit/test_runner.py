@@ -744,7 +744,8 @@ def test_an_interrupted_experiment_shows_what_it_reused(go, own_state, interrupt
     interrupted(("above", {}), probe())
     manifest, runs = tracker.load("runs")
     assert manifest["interrupted"]
-    assert [r.record.technique.name for r in runs] == ["probe", "base", "above"]
+    first, *others = (r.record.technique.name for r in runs)
+    assert first == "probe" and sorted(others) == ["above", "base"]  # begun within the same second, in which there is no order
     assert runs[0].record.run_id == reused.run.record.run_id
 
 
