@@ -305,22 +305,18 @@ class Tracker:
             return {"name": name, "title": name, "command": command, "interrupted": True}, self._with_reused(parent, made)
 
     def _with_reused(self, parent: Any, made: list[StoredRun]) -> list[StoredRun]:
-        """What an interrupted experiment had reused, and what it made; of one run the later."""
+        """What an interrupted experiment had reused, and what it made; of one run the latest."""
         from mlflow.exceptions import MlflowException
 
-        def spec(run: StoredRun) -> str:
-            return json.dumps(run.record.spec, sort_keys=True)
-
-        found = []
+        reused = []
         for tag, run_id in parent.data.tags.items():
             if tag.startswith(_REUSED):
                 with suppress(MlflowException, StorageError):  # deleted, or a record that cannot be read: the others are still to be seen
-                    found.append(self._stored(self.client.get_run(run_id)))
-        # What failed is not reused: a failed run of the same kind is older.
-        own = {spec(run) for run in made if run.record.status != "failed"}
-        reused = sorted((run for run in found if run is not None and spec(run) not in own), key=lambda run: run.record.started)
-        mended = {spec(run) for run in reused}
-        return [*reused, *(run for run in made if spec(run) not in mended)]
+                    reused.append(self._stored(self.client.get_run(run_id)))
+        every = [*((run, False) for run in reused if run is not None), *((run, True) for run in made)]
+        # Within a second what succeeded is later than what failed, which is not reused, and what was made later than what was there.
+        every.sort(key=lambda pair: (pair[0].record.started, pair[0].record.status != "failed", pair[1]))
+        return list({json.dumps(run.record.spec, sort_keys=True): run for run, _ in every}.values())
 
     def _loose(self, name: str, ids: list[str]) -> tuple[dict[str, Any], list[StoredRun]]:
         """Runs whose experiment was killed before it could be entered: the newest of every key."""

@@ -769,6 +769,19 @@ def test_a_failed_run_gives_way_to_one_that_is_reused(go, own_state, interrupted
     assert [r.record.run_id for r in tracker.load("runs")[1]] == [good.run.record.run_id]
 
 
+def test_a_run_that_fails_after_it_was_reused_is_shown_as_failed(go, own_state, interrupted, monkeypatch):
+    import time
+
+    tracker = tracker_for(tracking_uri("", own_state), own_state)
+    go(probe(), name="first")
+    interrupted(probe())
+    time.sleep(1.1)  # records know seconds
+    with monkeypatch.context() as patched:
+        patched.setattr(Probe, "run", lambda self, ctx: 1 / 0)
+        interrupted(probe(), cache=False)
+    assert [r.record.status for r in tracker.load("runs")[1]] == ["failed"]
+
+
 def test_a_reused_run_whose_files_are_gone_costs_only_itself(go, own_state, interrupted):
     tracker = tracker_for(tracking_uri("", own_state), own_state)
     _, (lost, kept) = go(probe(), probe("notes2"), name="first")
