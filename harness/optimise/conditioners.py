@@ -21,6 +21,8 @@ class Conditioner(Protocol):
 # Covariance of RGB over 500 ImageNet pictures, one a class, shrunk to 64 x 64; mean of the diagonal 1.
 NATURAL_COLOURS = ((0.988, 0.874, 0.805), (0.874, 0.945, 0.905), (0.805, 0.905, 1.067))
 
+PIXELS = 4
+
 
 @dataclass(frozen=True)
 class NaturalColours:
@@ -31,8 +33,14 @@ class NaturalColours:
     def __call__(self, gradient: Tensor) -> Tensor:
         if self.share == 0 or gradient.shape[1] != 3:
             return gradient
-        flat = gradient.contiguous().flatten(2)  # colour by colour, as what follows here wants it; products are then large ones
-        return (_mixing(self.share, gradient.device, gradient.dtype) @ flat).view(gradient.shape)
+        n, c, height, width = gradient.shape
+        values = gradient.permute(0, 2, 3, 1).reshape(-1)  # no copy of what lies channels last
+        mixed = torch.empty_like(values)
+        # Several pixels a row: products with matrices of three columns are slow.
+        whole = len(values) // (c * PIXELS) * c * PIXELS
+        for some, to, pixels in ((values[:whole], mixed[:whole], PIXELS), (values[whole:], mixed[whole:], 1)):
+            torch.mm(some.view(-1, c * pixels), _mixing(self.share, pixels, gradient.device, gradient.dtype), out=to.view(-1, c * pixels))
+        return mixed.view(n, height, width, c).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class LowFrequencies:
         if self.power == 0:
             return gradient
         height, width = gradient.shape[2:]
+        gradient = gradient.contiguous()  # colour by colour, in which order transforms are quickest
         scale = _frequency_scale(self.power, height, width, gradient.device, gradient.dtype)
         return torch.fft.irfft2(torch.fft.rfft2(gradient).mul_(scale), s=(height, width))
 
@@ -53,10 +62,11 @@ class LowFrequencies:
 
 
 @lru_cache(maxsize=32)
-def _mixing(share: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(3, 3): (1 - share) I + share Sigma."""
+def _mixing(share: float, pixels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(3 pixels, 3 pixels): (1 - share) I + share Sigma of each of some pixels, which lie one after the other."""
     sigma = torch.tensor(NATURAL_COLOURS, device=device, dtype=dtype)
-    return (1 - share) * torch.eye(3, device=device, dtype=dtype) + share * sigma
+    mixing = (1 - share) * torch.eye(3, device=device, dtype=dtype) + share * sigma
+    return torch.kron(torch.eye(pixels, device=device, dtype=dtype), mixing)
 
 
 @lru_cache(maxsize=32)

@@ -197,7 +197,7 @@ class LBFGS:
     score is taken back and halved; the first, and those after six halvings in a row, go along the gradient with an RMS change of `size`.
 
     Either loop runs over inner products, so that the changes are read as matrices and not one by one (after Chen, Wang & Zhou 2014,
-    "Large-scale L-BFGS using MapReduce").
+    "Large-scale L-BFGS using MapReduce"). `judged` is to get the change from the gradient of the last call to that of the next.
     """
 
     history: int = 10
@@ -211,14 +211,21 @@ class LBFGS:
             # Rings of s and of -y, how many were put into them, and the products s_i . y_j where s_i is no newer, as others are not needed.
             memory["moves"], memory["bends"] = g.new_zeros((len(g), m, g.shape[1])), g.new_zeros((len(g), m, g.shape[1]))
             memory["kept"], memory["products"] = torch.zeros_like(one, dtype=torch.int64), g.new_zeros((len(g), m, m))
+            # s_i . g, and in which column of the products those of the last y are missing but for its own.
+            memory["along"], memory["last"] = g.new_zeros((len(g), m)), g.new_zeros((len(g), 1, m), dtype=torch.bool)
         newest = (memory["kept"][:, None] - 1 - torch.arange(m, device=g.device)) % m  # (N, m) places in the rings, the newest first
         kind = torch.float32 if g.device.type == "mps" else torch.float64
+        along = torch.bmm(memory["moves"], g[:, :, None])
+        # The change of g is a difference, and so are its products with what was there before, which need not be read for them again.
+        others = memory["last"] & ~memory["last"].mT
+        memory["products"] = torch.where(others, memory["along"][:, :, None] - along, memory["products"])
+        memory["along"] = along.squeeze(2)
         good = memory["good"].gather(1, newest)[:, :, None]  # places that were never filled, or badly, have coefficients of zero
         across = newest[:, None].expand(-1, m, -1)
         products = memory["products"].gather(1, across.mT).gather(2, across).to(kind)
         # The coefficients of either loop solve a triangular system: from the newest change to the oldest, and back.
         system = torch.where(good & good.mT, products.tril(), torch.eye(m, dtype=kind, device=g.device))
-        along = (memory["moves"] @ g[:, :, None]).gather(1, newest[:, :, None]).to(kind) * good
+        along = along.gather(1, newest[:, :, None]).to(kind) * good
         of_y = torch.linalg.solve_triangular(system, along, upper=False)
         q = torch.baddbmm(g[:, None], _placed(of_y, newest, g), memory["bends"]).squeeze(1)
         first = _flat(condition(_shaped(q, gradient)))
@@ -231,7 +238,7 @@ class LBFGS:
             curvature = torch.where(known, curvature, _over(size, root_mean_square(first)))
         # What follows is linear, so that the share of the step that is gone can stand here.
         first = first * (memory["size"][:, None] * curvature)
-        bent = (memory["bends"] @ first[:, :, None]).gather(1, newest[:, :, None]).to(kind) * good
+        bent = torch.bmm(memory["bends"], first[:, :, None]).gather(1, newest[:, :, None]).to(kind) * good
         of_y = of_y * memory["size"][:, None, None] * system.diagonal(dim1=1, dim2=2)[:, :, None]
         of_s = torch.linalg.solve_triangular(system.mT, of_y + bent, upper=True)
         return _shaped(first[:, None].baddbmm_(_placed(of_s, newest, g), memory["moves"]).squeeze(1), gradient)
@@ -239,15 +246,22 @@ class LBFGS:
     def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
         """Stores s, and the change of the gradient, which is -y, since the score is to rise. What is no good pair lies in the place of the
         oldest, counts nothing and is written over by the next."""
-        s, b, moves, bends = _flat(moved), _flat(bent), memory["moves"], memory["bends"]
-        row, k = torch.arange(len(s), device=s.device), memory["kept"] % self.history
-        moves[row, k], bends[row, k] = s, b
-        memory["products"][row, :, k] = -(moves @ b[:, :, None]).squeeze(2)
-        product = memory["products"][row, k, k]
-        good = rose & (product > 0)
-        memory["good"][row, k] = good
+        s, b = _flat(moved), _flat(bent)
+        place = memory["kept"] % self.history
+        for ring, change in (("moves", s), ("bends", b)):
+            if s.device.type == "cpu":  # where looking costs less than an indexed copy
+                for i, k in enumerate(place.tolist()):
+                    memory[ring][i, k] = change[i]
+            else:
+                memory[ring][torch.arange(len(s), device=s.device), place] = change
+        here = torch.arange(self.history, device=s.device) == place[:, None]  # (N, m)
+        product = -_product(s, b)
+        memory["last"] = here[:, None]
+        memory["products"] = torch.where(here[:, :, None] & here[:, None], product[:, :, None], memory["products"])
+        good = rose & (product > 0).squeeze(1)
+        memory["good"] = torch.where(here, good[:, None], memory["good"])
         memory["kept"] = memory["kept"] + good
-        memory["curvature"] = torch.where(good, product / _product(b, b).squeeze(1), memory["curvature"])
+        memory["curvature"] = torch.where(good, (product / _product(b, b)).squeeze(1), memory["curvature"])
         size = torch.where(rose, torch.ones_like(memory["size"]), memory["size"] * 0.5)
         lost = ~rose & (size < 1 / 64) & (memory["curvature"] > 0)
         memory["curvature"] = memory["curvature"] * ~lost
@@ -257,7 +271,7 @@ class LBFGS:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """(N, 1) inner products of rows (N, D), in one pass over memory."""
-    return (a[:, None] @ b[:, :, None]).squeeze(2)
+    return torch.bmm(a[:, None], b[:, :, None]).squeeze(2)
 
 
 def _placed(coefficients: Tensor, places: Tensor, like: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ def features_of(model: LoadedModel, images: Tensor, layer: str, pooling: str = "
 
 
 def descent(optimiser: Literal["lbfgs", "adam"]) -> Literal["adam"] | LBFGS:
-    """The rule behind an optimiser's name, for style transfer: L-BFGS remembers four changes, as each is read several times a step. Its
-    errors hardly grow by that; those of textures, which come close to none, would."""
+    """The rule behind an optimiser's name: L-BFGS remembers four changes, as each is read several times a step, and errors hardly grow by
+    that."""
     from harness.optimise import LBFGS
 
     return LBFGS(history=HISTORY) if optimiser == "lbfgs" else optimiser
@@ -54,15 +54,17 @@ def pooled(how: str) -> AbstractContextManager[object]:
 
 
 def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: float = 0.75, fine: bool = False) -> list[str]:
-    """The layers named, or `count` spread over the first part of the network, down to the share `deepest` of its depth; `fine`: from the
-    first block itself and not from the pooling behind it, as a texture from noise needs (gravel has no stones without it)."""
+    """The layers named, or `count` spread over the first part of the network, down to the share `deepest` of its depth; `fine`: the first
+    of them one that sees more of the grain, as a texture from noise needs."""
     if names:
         found = [ctx.model.full_name(n) for n in dict.fromkeys(names)]
     else:
-        every = _layers(ctx.model, fine)
+        every = _layers(ctx.model)
         last = min(len(every) - 1, max(1, round(deepest * (len(every) - 1))))
         count = min(count, last + 1)
         found = [every[round(i * last / max(1, count - 1))] for i in range(count)]
+        if fine:
+            found[0] = _grain(ctx.model)
     for name in found:
         ctx.model.maps_shape(name)
     return list(dict.fromkeys(found))
@@ -85,20 +87,15 @@ def content_layer(ctx: Context, name: str) -> str:
     return found
 
 
-def _layers(model: LoadedModel, fine: bool = False) -> list[str]:
+def _layers(model: LoadedModel) -> list[str]:
     """Of each block of convolutions a layer that sees all it gives and whose Gram matrix, C^2 HW multiplications in either direction,
     costs little beside its convolutions: of a Fire module the squeeze layer, which has an eighth of the channels of what it squeezes;
     elsewhere the pooling right behind the block, with a quarter of its positions (Gatys et al. 2015 take pool1 to pool4), or else the
-    block. `fine` leaves the first as it is."""
+    block."""
     from torch import nn
     from torchvision.models.squeezenet import Fire
 
-    from harness.errors import NotApplicable
-    from harness_synthesis.blocks import blocks
-
-    every = blocks(model)
-    if not every:
-        raise NotApplicable(f"needs layers with maps; {model.name!r} has none before its class scores")
+    every = _blocks(model)
     calls = [name for name, _ in model.calls]
 
     def cheap(name: str) -> str:
@@ -107,4 +104,23 @@ def _layers(model: LoadedModel, fine: bool = False) -> list[str]:
         behind = calls[calls.index(name) + 1]
         return behind if isinstance(model.modules.get(behind), nn.MaxPool2d | nn.AvgPool2d) else name
 
-    return [name if fine and name == every[0] else cheap(name) for name in every]
+    return [cheap(name) for name in every]
+
+
+def _grain(model: LoadedModel) -> str:
+    """Of SqueezeNet what the first Fire module sees in windows of 3 x 3, of which bricks and stones come back better than of its first
+    convolution, at a fourth of the positions; elsewhere the first block itself, not the pooling behind it."""
+    from torchvision.models.squeezenet import Fire
+
+    every = _blocks(model)
+    return next((f"{name}.expand3x3_activation" for name in every if isinstance(model.modules.get(name), Fire)), every[0])
+
+
+def _blocks(model: LoadedModel) -> list[str]:
+    from harness.errors import NotApplicable
+    from harness_synthesis.blocks import blocks
+
+    every = blocks(model)
+    if not every:
+        raise NotApplicable(f"needs layers with maps; {model.name!r} has none before its class scores")
+    return every

@@ -6,7 +6,7 @@ import numpy as np
 
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .gram import pooled, style_layers, targets_of
+from .gram import descent, pooled, style_layers, targets_of
 from .pictures import coarse_to_fine, eight_bits, framed, parts_of, resized, tensor_of, unframed
 from .style_transfer import LEAST, flat, refusal
 
@@ -28,7 +28,7 @@ class NeuralTexture(Technique):
 
     name = "neural_texture"
     family = "style"
-    version = 5
+    version = 6
     paper = Paper("Gatys, Ecker, Bethge", 2015, "Texture Synthesis Using Convolutional Neural Networks", arxiv="1505.07376")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -145,7 +145,7 @@ class NeuralTexture(Technique):
                     framed(image, place),
                     steps=steps,
                     step_size=self.step_size / 255,
-                    rule=self.optimiser,
+                    rule=descent(self.optimiser),
                     draws=draws,
                     operators=[o.Clamp()],
                     during=lambda _: pooled(self.pooling),

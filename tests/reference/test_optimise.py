@@ -121,8 +121,8 @@ def test_lbfgs_is_the_two_loop_recursion_over_the_steps_that_rose(power):
         return gradient * scale.view(1, 1, 4, 4)
 
     known = [[], []]
+    gradient = torch.randn((2, 1, 4, 4), generator=random, dtype=torch.float64)
     for step in range(14):
-        gradient = torch.randn((2, 1, 4, 4), generator=random, dtype=torch.float64)
         found = rule(memory, gradient, condition, 0.1, step, False)
         for i, pairs in enumerate(known):
             if pairs:
@@ -131,7 +131,9 @@ def test_lbfgs_is_the_two_loop_recursion_over_the_steps_that_rose(power):
         moved = torch.randn((2, 1, 4, 4), generator=random, dtype=torch.float64)
         rose = torch.tensor([step % 5 != 3, step % 4 != 2])
         mine = torch.where(rose.view(-1, 1, 1, 1), moved, torch.zeros_like(moved))
-        rule.judged(memory, rose, mine, -mine * stretch.view(1, 1, 4, 4), step + 1)
+        bent = -mine * stretch.view(1, 1, 4, 4)
+        rule.judged(memory, rose, mine, bent, step + 1)
+        gradient = gradient + bent
         for i, pairs in enumerate(known):
             if rose[i]:
                 pairs.append((mine[i].flatten(), (mine[i].flatten() * stretch)))

@@ -160,13 +160,16 @@ def test_layers_are_chosen_whose_gram_matrices_cost_little(squeezenet, registry)
     ctx = Context(squeezenet, images=squeezenet.example(), ids=["a"], technique="style_transfer")
     squeezed = [f"features.{i}.squeeze_activation" for i in (4, 6, 7, 10)]
     assert style_layers(ctx, ()) == ["features.2", *squeezed]  # 2 is a pooling
-    assert style_layers(ctx, (), fine=True) == ["features.1", *squeezed]
+    assert style_layers(ctx, (), fine=True) == ["features.3.expand3x3_activation", *squeezed]
     assert content_layer(ctx, "features.6") == "features.6"
     with pytest.raises(ConfigError, match="no_such"):
         content_layer(ctx, "no_such")
     vgg = load_model("vgg19@random", registry)
     ctx = Context(vgg, images=vgg.example(), ids=["a"], technique="style_transfer")
     assert style_layers(ctx, (), 2, 1.0) == ["features.1", "features.36"]  # relu1_1 and pool5
+    resnet = load_model("resnet18@random", registry)
+    ctx = Context(resnet, images=resnet.example(), ids=["a"], technique="style_transfer")
+    assert (style_layers(ctx, ())[0], style_layers(ctx, (), fine=True)[0]) == ("maxpool", "relu")
     assert falling(3) == pytest.approx((1 / 2, 1 / 3, 1 / 6))
 
 
