@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -85,6 +87,36 @@ def eight_bits(images: Tensor) -> Tensor:
     import torch
 
     return torch.round(images.clamp(0, 1) * 255) / 255
+
+
+LEAST_SPREAD = 8 / 255  # below which colours count as one, so that their noise is not spread
+
+
+def colours_of(image: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (C,) and covariance (C, C) of the pixels of one picture (1, C, H, W)."""
+    pixels = image[0].flatten(1).cpu().numpy().astype(np.float64)
+    return pixels.mean(1), np.cov(pixels, bias=True).reshape(len(pixels), -1)
+
+
+def in_colours(image: Tensor, mean: np.ndarray, covariance: np.ndarray, share: float = 1.0) -> Tensor:
+    """One picture (1, C, H, W) whose pixels have a mean (C,) and a covariance (C, C), but for what leaves [0, 1]: x -> T (x - m) + mean. Of
+    all such linear maps T moves colours least: T = S^-1/2 (S^1/2 covariance S^1/2)^1/2 S^-1/2, S being the picture's own (Pitie &
+    Kokaram 2007, "The linear Monge-Kantorovitch linear colour mapping for example-based colour transfer", CVMP). `share` of the way."""
+    import torch
+
+    own_mean, own = colours_of(image)
+    least = LEAST_SPREAD**2 * np.eye(len(own))
+
+    def power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+        values, vectors = np.linalg.eigh(matrix)
+        found: np.ndarray = (vectors * values.clip(1e-12) ** exponent) @ vectors.T
+        return found
+
+    root, back = power(own + least, 0.5), power(own + least, -0.5)
+    mixing = share * back @ power(root @ (covariance + least) @ root, 0.5) @ back + (1 - share) * np.eye(len(own))
+    shift = own_mean + share * (mean - own_mean) - mixing @ own_mean
+    matrix, offset = (torch.from_numpy(a).to(image.device, image.dtype) for a in (mixing, shift))
+    return (torch.einsum("dc,nchw->ndhw", matrix, image) + offset[:, None, None]).clamp(0, 1)
 
 
 def recoloured(images: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,20 @@ from pydantic import model_validator
 from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 from .gram import content_layer, descent, falling, features_of, pooled, style_layers, targets_of
-from .pictures import NAMED, coarse_to_fine, contents, eight_bits, framed, parts_of, recoloured, resized, tensor_of, unframed
+from .pictures import (
+    NAMED,
+    coarse_to_fine,
+    colours_of,
+    contents,
+    eight_bits,
+    framed,
+    in_colours,
+    parts_of,
+    recoloured,
+    resized,
+    tensor_of,
+    unframed,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,12 +34,14 @@ if TYPE_CHECKING:
     from harness.technique import Further
 
 EVERY = 100  # steps between the pictures that show the progress
+COLOURS_AT = 256  # pixels of the longer side at which a style's colours are counted
 LEAST = 32  # pixels of the shorter side of the coarsest picture
 # The settings of Gatys et al. 2016 for VGG-19, in torchvision's layer names.
 VGG19: dict[str, Any] = {
     "content_layer": "features.22",  # relu4_2
     "style_layers": ("features.1", "features.6", "features.11", "features.20", "features.29"),  # relu1_1 to relu5_1
     "pooling": "average",
+    "palette": 0.0,
 }
 
 
@@ -44,7 +59,8 @@ class StyleTransfer(Technique):
     ||A_l||^2 + gamma TV(x), F being a layer's output, P that of the content picture, G_l Gram matrices, A_l those of the style (Gatys et
     al. 2016, CVPR; arXiv:1508.06576).
 
-    Both errors are relative here, so that one set of weights serves networks and layers of any scale; where there is content whose Gram
+    Content and start are the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and
+    what is red. Both errors are relative here, so that one set of weights serves networks and layers of any scale; where there is content whose Gram
     matrices are further from the style's than ||A_l||, that distance takes the place of ||A_l||. `form=absolute` has the paper's sums.
     Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on one
     by one and whole: memory grows with their size, as the Gram matrices of all positions are needed at once. Cost: one forward and one
@@ -53,7 +69,7 @@ class StyleTransfer(Technique):
 
     name = "style_transfer"
     family = "style"
-    version = 5
+    version = 6
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -66,14 +82,16 @@ class StyleTransfer(Technique):
 
     style: tuple[str, ...] = Param(("textures:ihc.png",), min_length=1, description=f"style pictures; each {NAMED}")
     blend: tuple[float, ...] = Param((), description="weights of several styles, whose Gram matrices are averaged; none: all the same")
-    preset: Literal["", "vgg19"] = Param("", description="vgg19: layers and pooling of the paper, for a model with VGG-19's layers")
+    preset: Literal["", "vgg19"] = Param(
+        "", description="vgg19: layers, pooling and palette of the paper, for a model with VGG-19's layers"
+    )
     content_layer: str = Param("", description="layer of the content; none: one at a quarter of the depth")
     style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five over the first three quarters")
     layer_weights: tuple[float, ...] = Param(
         (), description="w_l of the style layers; none: evenly falling, as the preset all the same; their sum is 1"
     )
     content_weight: float = Param(1.0, ge=0, description="alpha")
-    style_weight: tuple[float, ...] = Param((25.0,), min_length=1, description="beta; several make a row of pictures")
+    style_weight: tuple[float, ...] = Param((30.0,), min_length=1, description="beta; several make a row of pictures")
     tv_weight: float = Param(0.0, ge=0, description="gamma, to smooth; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
         (1.0,), min_length=1, description="size of the style picture against the content's; several: a row"
@@ -90,7 +108,10 @@ class StyleTransfer(Technique):
         le=1000,
         description="parts of the descent at each size, in each of which the picture lies elsewhere to the strides by a pixel or more",
     )
-    coarse: int = Param(2, ge=0, le=6, description="how many smaller sizes, each half of the next, come before it, with as many steps")
+    coarse: int = Param(3, ge=0, le=6, description="how many smaller sizes, each half of the next, come before it, with as many steps")
+    palette: float = Param(
+        1.0, ge=0, le=1, description="how far the content takes the mean and the covariance of the styles' colours beforehand; 0: its own"
+    )
     natural_colours: float = Param(
         1.0, ge=0, le=1, description="how far steps follow the colours of natural pictures, against coloured fringes"
     )
@@ -173,7 +194,7 @@ class StyleTransfer(Technique):
         columns = ["picture", "style weight", "style scale", "content error", "style error", "TV"]
         artifacts.append(Table("errors", columns, rows))
         about = {
-            "content_error": "relative squared error of the content's features, of the first weight and scale",
+            "content_error": "relative squared error of the features of the content in its palette, of the first weight and scale",
             "style_error": "relative squared error of the style's Gram matrices, mean of layers",
         }
         metrics = [Metric(k, float(np.mean(v)), better="lower", per_image=v, about=about[k]) for k, v in final.items()]
@@ -235,6 +256,7 @@ class Transfer:
         ctx, s = self.ctx, self.settings
         height, width = picture.shape[2:]
         draws = ctx.draws([self.stream])
+        picture = self._in_the_styles_colours(picture)
         image: Tensor | None = None
         traces, stages, notes = [], [], []
         done = shown = 0
@@ -291,16 +313,32 @@ class Transfer:
             progress=self.ctx.report,
         )
 
+    def _in_the_styles_colours(self, picture: Tensor) -> Tensor:
+        """Not where nothing of the style is wanted or it has none, nor where the picture is to keep its own."""
+        s = self.settings
+        if not (s.palette and self.plan.style_weight) or s.colours == "content":
+            return picture
+        found = [(share, p) for share, p in zip(self.shares(), self.styles, strict=True) if share and not flat(p)]
+        if not found:
+            return picture
+        weights = np.asarray([share for share, _ in found])
+        colours = [colours_of(tensor_of(self.ctx, p, COLOURS_AT)) for _, p in found]
+        mean, covariance = (np.tensordot(weights / weights.sum(), values, 1) for values in zip(*colours, strict=True))
+        return in_colours(picture, mean, covariance, s.palette)
+
+    def shares(self) -> list[float]:
+        """How much each style counts; their sum is 1."""
+        shares = np.asarray(self.settings.blend or [1.0] * len(self.styles), float)
+        return [float(v) for v in shares / shares.sum()]
+
     def style_targets(self, side: int, layers: list[str]) -> dict[str, Tensor]:
         """Weighted means of the styles' Gram matrices, the style pictures' longer side being `side` times the plan's scale."""
         ctx, s = self.ctx, self.settings
-        shares = np.asarray(s.blend or [1.0] * len(self.styles), float)
-        shares = shares / shares.sum()
         found: dict[str, Tensor] = {}
         reason = self.style_refusal(side)
         if reason:
             raise ConfigError(f"{ctx.technique}.style: {reason}; raise style_scale or size")
-        for share, picture in zip(shares.tolist(), self.styles, strict=True):
+        for share, picture in zip(self.shares(), self.styles, strict=True):
             image = tensor_of(ctx, picture, self.style_size(side))
             for layer, target in targets_of(ctx.model, image, layers, s.pooling).items():
                 found[layer] = found.get(layer, 0) + share * target

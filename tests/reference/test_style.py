@@ -33,7 +33,7 @@ from harness_style import (
 )
 from harness_style.gram import content_layer, descent, falling, pooled, style_layers, targets_of
 from harness_style.neural_texture import correlation_length
-from harness_style.pictures import MARGIN, SHIFTS, framed, parts_of, recoloured, unframed
+from harness_style.pictures import LEAST_SPREAD, MARGIN, SHIFTS, colours_of, framed, in_colours, parts_of, recoloured, unframed
 from harness_style.style_transfer import Plan, Transfer
 from harness_style.super_resolution import degraded, tiled
 from harness_style.tsvq import Exhaustive, Tree
@@ -285,10 +285,16 @@ def test_two_sweeps_at_once_keep_every_picture(small, photos):
     assert len(table(result, "objective").lines) == len(table(result, "errors").rows) == 4
 
 
-def test_more_style_costs_content(small, photos):
-    """The frontier: over five weights the content's error rises and the style's falls."""
-    weights = (0.1, 1.0, 10.0, 100.0, 1000.0)
-    rows = table(run_once(quick(style_weight=weights, steps=60, tv_weight=0), small, photos("coffee.png")), "errors").rows
+@pytest.mark.parametrize("palette", [0.0, 1.0])
+def test_more_style_costs_content(small, squeezenet, photos, palette):
+    """The frontier: over five weights the content's error rises and the style's falls. In the style's colours the picture is far nearer to
+    it from the first, and the weights are smaller at which the rest is decided."""
+    weights = (0.04, 0.2, 1.0, 5.0, 25.0) if palette else (0.1, 1.0, 10.0, 100.0, 1000.0)
+    more = {"optimiser": "adam", "size": 128, "steps": 40} if palette else {"steps": 60}
+    made = run_once(
+        quick(style_weight=weights, palette=palette, tv_weight=0, **more), squeezenet if palette else small, photos("coffee.png")
+    )
+    rows = table(made, "errors").rows
     assert [r[1] for r in rows] == list(weights)
     assert all(a[3] < b[3] for a, b in pairwise(rows))
     assert all(a[4] > b[4] for a, b in pairwise(rows))
@@ -316,6 +322,55 @@ def test_colours_of_the_content_stay():
     found = torch.einsum("ij,njhw->nihw", to_yiq, recoloured(one, two))
     torch.testing.assert_close(found[:, 0], torch.einsum("j,njhw->nhw", to_yiq[0], one))
     torch.testing.assert_close(found[:, 1:], torch.einsum("ij,njhw->nihw", to_yiq[1:], two), rtol=0, atol=1e-3)
+
+
+def test_a_picture_takes_the_mean_and_the_covariance_of_others_pixels():
+    random = torch.Generator().manual_seed(0)
+    one, two = (m + s * (torch.rand((1, 3, 40, 30), generator=random, dtype=torch.float64) - 0.5) for m, s in ((0.4, 0.7), (0.55, 0.4)))
+    two = torch.einsum("dc,nchw->ndhw", torch.tensor([[0.8, 0.3, 0.1], [0.2, 0.5, 0.0], [0.1, 0.2, 0.4]], dtype=torch.float64), two)
+    mean, covariance = colours_of(two)
+    pixels = two[0].flatten(1).numpy()
+    assert np.allclose(mean, pixels.mean(1)) and np.allclose(covariance, np.cov(pixels, bias=True))
+    found = in_colours(one, mean, covariance)
+    assert found.min() > 0 and found.max() < 1
+    assert np.allclose(colours_of(found)[0], mean)
+    left = covariance + LEAST_SPREAD**2 * np.eye(3) - colours_of(found)[1]  # LEAST_SPREAD^2 times the square of a symmetric map
+    assert np.linalg.eigvalsh(left).min() > 0 and np.abs(left).max() < 0.05 * np.abs(colours_of(one)[1] - covariance).max()
+    # Monge and Kantorovich's map is symmetric with eigenvalues above zero: no colour is turned into its opposite.
+    x, y = (p[0].flatten(1) - p[0].flatten(1).mean(1, keepdim=True) for p in (one, found))
+    mixing = torch.linalg.lstsq(x.T, y.T).solution
+    torch.testing.assert_close(mixing, mixing.T, rtol=0, atol=1e-9)
+    assert torch.linalg.eigvalsh(mixing).min() > 0
+    torch.testing.assert_close(in_colours(one, mean, covariance, 0.0), one)
+    torch.testing.assert_close(in_colours(one, *colours_of(one)), one)
+    torch.testing.assert_close(in_colours(one, mean, covariance, 0.25), 0.75 * one + 0.25 * found)
+    grey = one[:, :1]
+    assert np.allclose(colours_of(in_colours(grey, *colours_of(two[:, :1])))[0], mean[0])
+    speckled = torch.full_like(one, 0.5) + 1e-3 * torch.sign(one - 0.4)
+    assert colours_of(in_colours(speckled, mean, covariance))[1].max() < 0.01 * covariance.max()  # noise is not made a picture of
+
+
+def test_the_content_is_in_the_styles_colours_where_there_is_a_style_with_some(small, photos, tmp_path):
+    cat = photos("chelsea.png")
+    wanted = colours_of(torch.from_numpy(at_size(context(small, photos).named_picture(IHC), 48, 3)).permute(2, 0, 1)[None].float() / 255)[0]
+
+    def begun(**more):
+        """The picture before the first step."""
+        sheet = table(run_once(quick(steps=0, **more), small, cat), "transfer-1").data
+        return sheet[-1], sheet[0]
+
+    there, own = begun()
+    away = [np.abs(p.mean((1, 2)) - wanted).max() for p in (there, own)]
+    assert away[0] < 0.1 * away[1]
+    for more in ({"palette": 0.0}, {"colours": "content"}, {"style_weight": (0.0,)}):
+        assert np.allclose(*begun(**more), atol=0.005)
+    half, _ = begun(palette=0.5)
+    assert np.abs(half - (there + own) / 2).mean() < 0.01
+    Image.new("RGB", (60, 60), (10, 200, 30)).save(tmp_path / "flat.png")
+    flat = str(tmp_path / "flat.png")
+    assert np.allclose(*begun(style=(flat,)), atol=0.005)
+    assert np.allclose(begun(style=(flat, IHC))[0], there, atol=0.005)
+    assert np.allclose(begun(style=(BRICK, IHC), blend=(0.0, 2.0))[0], there, atol=0.005)
 
 
 def test_it_dreams_on_top_by_weight(small, photos):
@@ -390,7 +445,7 @@ def test_defaults_of_weights_and_colours(small, photos):
 
     def coloured(share):
         """The part of what was changed that differs between colours."""
-        result = table(run_once(quick(natural_colours=share, optimiser="adam"), small, cat), "transfer-1").data
+        result = table(run_once(quick(natural_colours=share, palette=0.0, optimiser="adam"), small, cat), "transfer-1").data
         change = result[-1] - result[0]
         return np.square(change - change.mean(0)).sum() / np.square(change).sum()
 
