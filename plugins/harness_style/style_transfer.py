@@ -60,10 +60,10 @@ class StyleTransfer(Technique):
     al. 2016, CVPR; arXiv:1508.06576).
 
     Content and start are the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and
-    what is red. Both errors are relative here, so that one set of weights serves networks and layers of any scale; where there is content whose Gram
-    matrices are further from the style's than ||A_l||, that distance takes the place of ||A_l||. `form=absolute` has the paper's sums.
-    Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on one
-    by one and whole: memory grows with their size, as the Gram matrices of all positions are needed at once. Cost: one forward and one
+    what is red. Both errors are relative here, so that one set of weights serves networks and layers of any scale; where there is content
+    whose Gram matrices are further from the style's than ||A_l||, that distance takes the place of ||A_l||. `form=absolute` has the paper's
+    sums. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on
+    one by one and whole: memory grows with their size, as the Gram matrices of all positions are needed at once. Cost: one forward and one
     backward pass to the deepest layer a step, of the picture with a frame of some pixels, and three forward passes a part.
     """
 
