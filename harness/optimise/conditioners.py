@@ -34,12 +34,14 @@ class NaturalColours:
         if self.share == 0 or gradient.shape[1] != 3:
             return gradient
         n, c, height, width = gradient.shape
-        values = gradient.permute(0, 2, 3, 1).reshape(-1)  # no copy of what lies channels last
+        values = gradient.permute(0, 2, 3, 1).reshape(n, -1)  # no copy of what lies channels last
         mixed = torch.empty_like(values)
-        # Several pixels a row: products with matrices of three columns are slow.
-        whole = len(values) // (c * PIXELS) * c * PIXELS
-        for some, to, pixels in ((values[:whole], mixed[:whole], PIXELS), (values[whole:], mixed[whole:], 1)):
-            torch.mm(some.view(-1, c * pixels), _mixing(self.share, pixels, gradient.device, gradient.dtype), out=to.view(-1, c * pixels))
+        # Several pixels a row: products with matrices of three columns are slow. Picture by picture, as one that is lost is not a number.
+        whole = values.shape[1] // (c * PIXELS) * c * PIXELS
+        for picture, to in zip(values, mixed, strict=True):
+            for part, pixels in ((slice(whole), PIXELS), (slice(whole, None), 1)):
+                mixing = _mixing(self.share, pixels, gradient.device, gradient.dtype)
+                torch.mm(picture[part].view(-1, c * pixels), mixing, out=to[part].view(-1, c * pixels))
         return mixed.view(n, height, width, c).permute(0, 3, 1, 2)
 
 

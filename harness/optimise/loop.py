@@ -180,7 +180,8 @@ def ascend(
             nothing = z.new_zeros(()).expand_as(z)
             moved, bent = _chosen(rose, z - before[0], nothing), _chosen(rose, gradient - before[1], nothing)
             z, gradient, score = _chosen(rose, z, before[0]), _chosen(rose, gradient, before[1]), _chosen(rose, score, before[2])
-            law.judged(memory, rose, moved, bent, step)
+            with full_precision(z.device):
+                law.judged(memory, rose, moved, bent, step)
         known = torch.isfinite(score)
         z = _chosen(known, z, good)
         if trace:

@@ -64,7 +64,8 @@ def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: fl
         count = min(count, last + 1)
         found = [every[round(i * last / max(1, count - 1))] for i in range(count)]
         if fine:
-            found[0] = _grain(ctx.model)
+            order = [name for name, _ in ctx.model.calls]
+            found = sorted([_grain(ctx.model), *found[1:]], key=order.index)
     for name in found:
         ctx.model.maps_shape(name)
     return list(dict.fromkeys(found))
@@ -112,8 +113,8 @@ def _grain(model: LoadedModel) -> str:
     convolution, at a fourth of the positions; elsewhere the first block itself, not the pooling behind it."""
     from torchvision.models.squeezenet import Fire
 
-    every = _blocks(model)
-    return next((f"{name}.expand3x3_activation" for name in every if isinstance(model.modules.get(name), Fire)), every[0])
+    first, *others = _blocks(model)
+    return f"{others[0]}.expand3x3_activation" if others and isinstance(model.modules.get(others[0]), Fire) else first
 
 
 def _blocks(model: LoadedModel) -> list[str]:

@@ -101,8 +101,11 @@ def colours_of(image: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def in_colours(image: Tensor, mean: np.ndarray, covariance: np.ndarray, share: float = 1.0) -> Tensor:
     """One picture (1, C, H, W) whose pixels have a mean (C,) and a covariance (C, C), but for what leaves [0, 1]: x -> T (x - m) + mean. Of
     all such linear maps T moves colours least: T = S^-1/2 (S^1/2 covariance S^1/2)^1/2 S^-1/2, S being the picture's own (Pitie &
-    Kokaram 2007, "The linear Monge-Kantorovitch linear colour mapping for example-based colour transfer", CVMP). `share` of the way."""
+    Kokaram 2007, "The linear Monge-Kantorovitch linear colour mapping for example-based colour transfer", CVMP). To both covariances
+    `LEAST_SPREAD`^2 is added, so that contrast below it is not stretched. `share` of the way."""
     import torch
+
+    from harness.device import full_precision
 
     own_mean, own = colours_of(image)
     least = LEAST_SPREAD**2 * np.eye(len(own))
@@ -116,7 +119,8 @@ def in_colours(image: Tensor, mean: np.ndarray, covariance: np.ndarray, share: f
     mixing = share * back @ power(root @ (covariance + least) @ root, 0.5) @ back + (1 - share) * np.eye(len(own))
     shift = own_mean + share * (mean - own_mean) - mixing @ own_mean
     matrix, offset = (torch.from_numpy(a).to(image.device, image.dtype) for a in (mixing, shift))
-    return (torch.einsum("dc,nchw->ndhw", matrix, image) + offset[:, None, None]).clamp(0, 1)
+    with full_precision(image.device):
+        return (torch.einsum("dc,nchw->ndhw", matrix, image) + offset[:, None, None]).clamp(0, 1)
 
 
 def recoloured(images: Tensor, like: Tensor) -> Tensor:

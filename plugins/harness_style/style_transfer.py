@@ -11,6 +11,7 @@ from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Pa
 
 from .gram import content_layer, descent, falling, features_of, pooled, style_layers, targets_of
 from .pictures import (
+    LEAST_SPREAD,
     NAMED,
     coarse_to_fine,
     colours_of,
@@ -59,7 +60,7 @@ class StyleTransfer(Technique):
     ||A_l||^2 + gamma TV(x), F being a layer's output, P that of the content picture, G_l Gram matrices, A_l those of the style (Gatys et
     al. 2016, CVPR; arXiv:1508.06576).
 
-    Content and start are the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and
+    The content is the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and
     what is red. Both errors are relative here, so that one set of weights serves networks and layers of any scale; where there is content
     whose Gram matrices are further from the style's than ||A_l||, that distance takes the place of ||A_l||. `form=absolute` has the paper's
     sums. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on
@@ -75,8 +76,8 @@ class StyleTransfer(Technique):
     per_picture = True
     reading = (
         "The first picture is the content, the second the style. The table says how far features and Gram matrices are from those of "
-        "the content and the style, as shares of them: the one falls as the other rises. The objective jumps where "
-        "the picture is moved against the network's strides, or grows."
+        "the content in the style's colours and of the style, as shares of them: the one falls as the other rises. The objective jumps "
+        "where the picture is moved against the network's strides, or grows."
     )
     caveats = "Whether a picture is good no number here tells: look. Networks other than VGG give other, often flatter, styles."
 
@@ -110,7 +111,11 @@ class StyleTransfer(Technique):
     )
     coarse: int = Param(3, ge=0, le=6, description="how many smaller sizes, each half of the next, come before it, with as many steps")
     palette: float = Param(
-        1.0, ge=0, le=1, description="how far the content takes the mean and the covariance of the styles' colours beforehand; 0: its own"
+        1.0,
+        ge=0,
+        le=1,
+        description="how far the content takes the mean and the covariance of the styles' colours beforehand; 0: its own, as with "
+        "`colours=content` and `preset=vgg19`",
     )
     natural_colours: float = Param(
         1.0, ge=0, le=1, description="how far steps follow the colours of natural pictures, against coloured fringes"
@@ -318,12 +323,12 @@ class Transfer:
         s = self.settings
         if not (s.palette and self.plan.style_weight) or s.colours == "content":
             return picture
-        found = [(share, p) for share, p in zip(self.shares(), self.styles, strict=True) if share and not flat(p)]
-        if not found:
+        counted = [(share, *colours_of(tensor_of(self.ctx, p, COLOURS_AT))) for share, p in zip(self.shares(), self.styles, strict=True)]
+        counted = [(share, m, c) for share, m, c in counted if share and np.trace(c) > len(m) * LEAST_SPREAD**2]
+        if not counted:
             return picture
-        weights = np.asarray([share for share, _ in found])
-        colours = [colours_of(tensor_of(self.ctx, p, COLOURS_AT)) for _, p in found]
-        mean, covariance = (np.tensordot(weights / weights.sum(), values, 1) for values in zip(*colours, strict=True))
+        shares = np.asarray([share for share, _, _ in counted])
+        mean, covariance = (np.tensordot(shares / shares.sum(), [one[i] for one in counted], 1) for i in (1, 2))
         return in_colours(picture, mean, covariance, s.palette)
 
     def shares(self) -> list[float]:

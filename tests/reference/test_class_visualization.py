@@ -168,6 +168,11 @@ def test_natural_colours_mix_channels_by_a_covariance():
     odd = g[:1, :, :, 1:]  # pixels that make no whole rows of several
     for laid in (odd, odd.contiguous(memory_format=torch.channels_last)):
         torch.testing.assert_close(o.NaturalColours(1.0)(laid), o.NaturalColours(1.0)(g)[:1, :, :, 1:])
+    lost = g[:, :, :, 1:].clone()
+    lost[1] = torch.nan
+    torch.testing.assert_close(
+        o.NaturalColours(1.0)(lost)[:1], o.NaturalColours(1.0)(g)[:1, :, :, 1:]
+    )  # of one that is lost no other knows
     torch.testing.assert_close(o.NaturalColours(0.25)(g), 0.75 * g + 0.25 * o.NaturalColours(1.0)(g))
     assert torch.equal(o.NaturalColours(0)(g), g)
     assert torch.equal(o.NaturalColours(1)(g[:, :1]), g[:, :1])

@@ -344,8 +344,8 @@ def test_a_picture_takes_the_mean_and_the_covariance_of_others_pixels():
     torch.testing.assert_close(in_colours(one, mean, covariance, 0.0), one)
     torch.testing.assert_close(in_colours(one, *colours_of(one)), one)
     torch.testing.assert_close(in_colours(one, mean, covariance, 0.25), 0.75 * one + 0.25 * found)
-    grey = one[:, :1]
-    assert np.allclose(colours_of(in_colours(grey, *colours_of(two[:, :1])))[0], mean[0])
+    grey = colours_of(in_colours(one[:, :1], *colours_of(two[:, :1])))
+    assert np.allclose(grey[0], mean[0]) and np.allclose(grey[1], covariance[0, 0], rtol=0.1)
     speckled = torch.full_like(one, 0.5) + 1e-3 * torch.sign(one - 0.4)
     assert colours_of(in_colours(speckled, mean, covariance))[1].max() < 0.01 * covariance.max()  # noise is not made a picture of
 
@@ -368,6 +368,10 @@ def test_the_content_is_in_the_styles_colours_where_there_is_a_style_with_some(s
     assert np.abs(half - (there + own) / 2).mean() < 0.01
     Image.new("RGB", (60, 60), (10, 200, 30)).save(tmp_path / "flat.png")
     flat = str(tmp_path / "flat.png")
+    speckled = np.full((60, 60, 3), 100, np.uint8)
+    speckled[0, 0] = 255
+    Image.fromarray(speckled).save(tmp_path / "speckled.png")
+    assert np.allclose(*begun(style=(str(tmp_path / "speckled.png"),)), atol=0.005)
     assert np.allclose(*begun(style=(flat,)), atol=0.005)
     assert np.allclose(begun(style=(flat, IHC))[0], there, atol=0.005)
     assert np.allclose(begun(style=(BRICK, IHC), blend=(0.0, 2.0))[0], there, atol=0.005)
