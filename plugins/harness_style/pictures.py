@@ -94,7 +94,7 @@ LEAST_SPREAD = 8 / 255  # below which colours count as one, so that their noise 
 
 def colours_of(image: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean (C,) and covariance (C, C) of the pixels of one picture (1, C, H, W)."""
-    pixels = image[0].flatten(1).cpu().numpy().astype(np.float64)
+    pixels = image[0].flatten(1).cpu().double().numpy()  # numpy knows no bfloat16
     return pixels.mean(1), np.cov(pixels, bias=True).reshape(len(pixels), -1)
 
 
@@ -118,7 +118,7 @@ def in_colours(image: Tensor, mean: np.ndarray, covariance: np.ndarray, share: f
     root, back = power(own + least, 0.5), power(own + least, -0.5)
     mixing = share * back @ power(root @ (covariance + least) @ root, 0.5) @ back + (1 - share) * np.eye(len(own))
     shift = own_mean + share * (mean - own_mean) - mixing @ own_mean
-    matrix, offset = (torch.from_numpy(a).to(image.device, image.dtype) for a in (mixing, shift))
+    matrix, offset = (torch.from_numpy(a).to(image.dtype).to(image.device) for a in (mixing, shift))
     with full_precision(image.device):
         return (torch.einsum("dc,nchw->ndhw", matrix, image) + offset[:, None, None]).clamp(0, 1)
 

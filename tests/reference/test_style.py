@@ -346,6 +346,8 @@ def test_a_picture_takes_the_mean_and_the_covariance_of_others_pixels():
     torch.testing.assert_close(in_colours(one, mean, covariance, 0.25), 0.75 * one + 0.25 * found)
     grey = colours_of(in_colours(one[:, :1], *colours_of(two[:, :1])))
     assert np.allclose(grey[0], mean[0]) and np.allclose(grey[1], covariance[0, 0], rtol=0.1)
+    half = one.bfloat16()
+    torch.testing.assert_close(in_colours(half, mean, covariance).double(), found, rtol=0, atol=0.02)
     speckled = torch.full_like(one, 0.5) + 1e-3 * torch.sign(one - 0.4)
     assert colours_of(in_colours(speckled, mean, covariance))[1].max() < 0.01 * covariance.max()  # noise is not made a picture of
 
