@@ -177,11 +177,9 @@ def ascend(
         if law.careful and before is not None:
             # A step into the void is taken back like any other that does not rise, and the gradient then is one that was looked at.
             rose, finite = (score >= before[2]) & finite, alive
-            nothing = z.new_zeros(()).expand_as(z)
-            moved, bent = _chosen(rose, z - before[0], nothing), _chosen(rose, gradient - before[1], nothing)
-            z, gradient, score = _chosen(rose, z, before[0]), _chosen(rose, gradient, before[1]), _chosen(rose, score, before[2])
             with full_precision(z.device):
-                law.judged(memory, rose, moved, bent, step)
+                law.judged(memory, rose, (z, before[0]), (gradient, before[1]), step)
+            z, gradient, score = _chosen(rose, z, before[0]), _chosen(rose, gradient, before[1]), _chosen(rose, score, before[2])
         known = torch.isfinite(score)
         z = _chosen(known, z, good)
         if trace:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 Memory = dict[str, Tensor]
+Change = tuple[Tensor, Tensor]  # what is there now, and what was before
 Condition = Callable[[Tensor], Tensor]
 
 
@@ -26,8 +27,8 @@ class Rule(Protocol):
 
     def __call__(self, memory: Memory, gradient: Tensor, condition: Condition, size: float, step: int, fresh: bool) -> Tensor: ...
 
-    def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
-        """Hear which pictures' last step was kept (N,), how the variables moved and how the gradient changed on the way."""
+    def judged(self, memory: Memory, rose: Tensor, moved: Change, bent: Change, step: int) -> None:
+        """Hear which pictures' last step is kept (N,), and what variables and gradient are after it and were before."""
 
 
 def rows(values: Tensor, like: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class _Plain:
 
     careful: ClassVar[bool] = False
 
-    def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
+    def judged(self, memory: Memory, rose: Tensor, moved: Change, bent: Change, step: int) -> None:
         return
 
 
@@ -184,7 +185,7 @@ class LineSearch:
             memory["size"] = torch.full_like(rows(move.flatten(1)[:, 0], move), size)
         return memory["size"] * move
 
-    def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
+    def judged(self, memory: Memory, rose: Tensor, moved: Change, bent: Change, step: int) -> None:
         size = memory["size"]
         # On a plateau every step is kept: its size must not grow beyond all numbers.
         memory["size"] = torch.where(rows(rose, size), (size * 1.1).clamp_max(1e6), size * 0.5)
@@ -243,17 +244,11 @@ class LBFGS:
         of_s = torch.linalg.solve_triangular(system.mT, of_y + bent, upper=True)
         return _shaped(first[:, None].baddbmm_(_placed(of_s, newest, g), memory["moves"]).squeeze(1), gradient)
 
-    def judged(self, memory: Memory, rose: Tensor, moved: Tensor, bent: Tensor, step: int) -> None:
+    def judged(self, memory: Memory, rose: Tensor, moved: Change, bent: Change, step: int) -> None:
         """Stores s, and the change of the gradient, which is -y, since the score is to rise. What is no good pair lies in the place of the
         oldest, counts nothing and is written over by the next."""
-        s, b = _flat(moved), _flat(bent)
         place = memory["kept"] % self.history
-        for ring, change in (("moves", s), ("bends", b)):
-            if s.device.type == "cpu":  # where looking costs less than an indexed copy
-                for i, k in enumerate(place.tolist()):
-                    memory[ring][i, k] = change[i]
-            else:
-                memory[ring][torch.arange(len(s), device=s.device), place] = change
+        s, b = (_put(memory[ring], place, rose, change) for ring, change in (("moves", moved), ("bends", bent)))
         here = torch.arange(self.history, device=s.device) == place[:, None]  # (N, m)
         product = -_product(s, b)
         memory["last"] = here[:, None]
@@ -267,6 +262,23 @@ class LBFGS:
         memory["curvature"] = memory["curvature"] * ~lost
         memory["good"] = memory["good"] & ~lost[:, None]
         memory["size"] = torch.where(lost, torch.ones_like(size), size)
+
+
+def _put(ring: Tensor, place: Tensor, rose: Tensor, change: Change) -> Tensor:
+    """(N, D) changes, none where a step is taken back, now in their places (N,) of a ring (N, m, D)."""
+    new, old = map(_flat, change)
+    if ring.device.type != "cpu":
+        found = torch.where(rose[:, None], new - old, torch.zeros_like(new))
+        ring[torch.arange(len(ring), device=ring.device), place] = found
+        return found
+    # Where looking costs less than an indexed copy, and a change is written where it is to stay.
+    written = [ring[i, k] for i, k in enumerate(place.tolist())]
+    for row, now, before, kept in zip(written, new, old, rose.tolist(), strict=True):
+        if kept:
+            torch.sub(now, before, out=row)
+        else:
+            row.zero_()
+    return written[0][None] if len(written) == 1 else torch.stack(written)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -131,9 +131,11 @@ def test_lbfgs_is_the_two_loop_recursion_over_the_steps_that_rose(power):
         moved = torch.randn((2, 1, 4, 4), generator=random, dtype=torch.float64)
         rose = torch.tensor([step % 5 != 3, step % 4 != 2])
         mine = torch.where(rose.view(-1, 1, 1, 1), moved, torch.zeros_like(moved))
-        bent = -mine * stretch.view(1, 1, 4, 4)
-        rule.judged(memory, rose, mine, bent, step + 1)
-        gradient = gradient + bent
+        here = torch.randn((2, 1, 4, 4), generator=random, dtype=torch.float64)
+        slope = gradient - moved * stretch.view(1, 1, 4, 4)
+        slope[~rose] *= np.nan  # what lies behind a step that is taken back does not matter
+        rule.judged(memory, rose, (here + moved, here), (slope, gradient), step + 1)
+        gradient = torch.where(rose.view(-1, 1, 1, 1), slope, gradient)
         for i, pairs in enumerate(known):
             if rose[i]:
                 pairs.append((mine[i].flatten(), (mine[i].flatten() * stretch)))
