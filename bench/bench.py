@@ -562,7 +562,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
                 optimiser.step(loss)
 
     others = peers(model, images, images.flip(3), layers, content)
-    steps = 25  # as in each part of the technique
+    steps = 25  # as in each part of style_transfer
     lbfgs, adam = (partial(ours, steps, transfer, descent(name), 1.0) for name in ("lbfgs", "adam"))
     texture, bare = partial(ours, steps, -o.style_error(grain), descent("lbfgs"), 0.0), partial(passes, steps)
     pairs: dict[str, tuple[Work, Work]] = {

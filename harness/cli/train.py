@@ -24,7 +24,7 @@ from .main import State
 @click.option("--limit", type=click.IntRange(5), help="Of a network: train on as many pictures, spread evenly.")
 @click.option("--style", multiple=True, help="Of a styler: a picture, as DATASET:ID or a path; several make one network of several styles.")
 @click.option("--base", default="", help="Of a styler: one that is to learn these styles besides its own.")
-@click.option("--steps", type=click.IntRange(1, 10_000_000), help="Of a styler: training steps; default the recipe's.")
+@click.option("--steps", type=click.IntRange(1, 100_000), help="Of a styler: training steps; default the recipe's.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.pass_obj
 def command(
