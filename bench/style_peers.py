@@ -20,7 +20,7 @@ from torchvision.models.squeezenet import Fire
 from harness.models import LoadedModel
 from harness_style.gram import falling
 
-HISTORY = 4
+HISTORY = 3
 PACES: list[float] = []  # when passes of these networks began
 Steps = Callable[[int], object]
 

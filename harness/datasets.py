@@ -266,7 +266,10 @@ def image_folder(rest: str, name: str, entry: DatasetEntry) -> Dataset:
             )
         return _from_files(name, root, paths, None, (), remark=remark)
     names = sorted(set(groups))
-    classes = tuple(entry.classes) if isinstance(entry.classes, list) and entry.classes else tuple(names)
+    try:
+        classes = class_names(entry.classes) or tuple(names)
+    except ConfigError as error:
+        raise ConfigError(f"{entry.where}: dataset {name!r}: {error}") from None
     unlisted = [n for n in names if n not in classes]
     if unlisted:
         raise DataError(

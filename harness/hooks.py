@@ -59,11 +59,14 @@ def activations(
     images: Tensor,
     inputs: bool = False,
     reduce: Callable[[str, Tensor], Any] | None = None,
+    calm: set[str] | None = None,
 ) -> dict[str, Any]:
     """{layer: output} of one forward pass, which ends at the deepest of the layers.
 
-    Gradients flow where the caller enabled them. Outputs are as the layer gave them, also when an in-place operation
-    follows. `calls` says how often a pass calls each module; `inputs` takes what the layers receive instead.
+    Gradients flow where the caller enabled them. Outputs are as the layer gave them, also when an in-place operation follows: they are
+    copied, but for those of layers in `calm`, into which a pass before did not write. Of these the pass's own tensors are given, not to be
+    written into, unless it did write this time, when another pass is made; writes past torch's count (`.data`) are not seen.
+    `calls` says how often a pass calls each module; `inputs` takes what the layers receive instead.
     `reduce(layer, output)` is kept in the output's place: many layers can be looked at without holding them all.
     The name `ANSWER` among the layers is what the whole pass gives.
     """
@@ -77,6 +80,8 @@ def activations(
         same[name] = wanted.setdefault((base, call or calls.get(base, 1)), name)
     found: dict[str, Any] = {}
     seen: dict[str, int] = {}
+    calm = set() if calm is None else calm
+    watched: dict[str, tuple[Tensor, int]] = {}  # what the pass may still write over, and how often it had been written then
 
     def keep(base: str, value: Any) -> None:
         seen[base] = seen.get(base, 0) + 1
@@ -87,8 +92,15 @@ def activations(
         if tensor is None:
             raise TypeError(f"layer {name!r} does not give a tensor")
         last = not whole and len(found) + 1 == len(wanted)
-        # An in-place operation later in the pass would write over it; nothing comes after the last one.
-        found[name] = reduce(name, tensor) if reduce else tensor if last else tensor.clone()
+        if reduce:
+            found[name] = reduce(name, tensor)
+        elif last:  # nothing comes after it
+            found[name] = tensor
+        elif tensor.is_inference():  # whose writes are not counted
+            found[name] = tensor.clone()
+        else:
+            found[name] = tensor if name in calm else tensor.clone()
+            watched[name] = tensor, tensor._version
         if last:
             raise _Reached
 
@@ -101,11 +113,17 @@ def activations(
             handles.append(module.register_forward_hook(lambda _m, _args, output, base=base: keep(base, output)))
     with _attached(handles):
         try:
-            answer = forward(images)
+            found[ANSWER] = forward(images)
         except _Reached:
             pass
-        else:
-            found[ANSWER] = answer
+    written = {name for name, (tensor, version) in watched.items() if tensor._version != version}
+    spoilt = written & calm
+    calm |= watched.keys() - written
+    calm -= spoilt
+    if spoilt:
+        found.clear()  # one pass at a time in memory
+        watched.clear()
+        return activations(forward, modules, calls, layers, images, inputs, reduce, calm)
     missing = [name for name in wanted.values() if name not in found]
     if missing:
         raise NeverReached(f"the forward pass never reached layer {missing[0]!r}")

@@ -46,6 +46,7 @@ class LoadedModel:
         self._mean = torch.tensor(spec.mean, device=self.device, dtype=dtype).view(1, -1, 1, 1)
         self._std = torch.tensor(spec.std, device=self.device, dtype=dtype).view(1, -1, 1, 1)
         self._scale, self._shift = 1 / self._std, -self._mean / self._std
+        self._calm: set[str] = set()  # layers into whose outputs the model does not write later in a pass
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Logits (N, K) of pixels (N, C, H, W) in [0, 1]."""
@@ -142,7 +143,7 @@ class LoadedModel:
         for name in layers:
             if name != hooks.ANSWER:
                 self.check_layer(name)
-        return hooks.activations(self, self.modules, self.call_counts, layers, images, inputs, reduce)
+        return hooks.activations(self, self.modules, self.call_counts, layers, images, inputs, reduce, self._calm)
 
     def tap(self, images: Tensor, layer: str, forward: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """(logits, a layer's output), the logits being differentiable in the output and in nothing before it.

@@ -210,7 +210,9 @@ class Technique(BaseModel):
             return cls.model_validate(dict(params))
         except ValidationError as error:
             prefix = f"{where}: " if where else ""
-            lines = [f"{prefix}{cls.name}.{describe(e, cls.model_fields)}" for e in error.errors(include_url=False)]
+            lines = [
+                f"{prefix}{cls.name}{'.' if e['loc'] else ': '}{describe(e, cls.model_fields)}" for e in error.errors(include_url=False)
+            ]
             raise ConfigError("\n".join(lines)) from None
 
 
@@ -223,5 +225,8 @@ def describe(error: Mapping[str, Any], known: Mapping[str, Any] | Sequence[str])
     if error["type"] == "missing":
         return f"{location}: missing"
     message = str(error["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not location:  # of several keys together, which the message names
+        return message
     given = repr(error["input"])
-    return f"{location}: {message[:1].lower()}{message[1:]}, not {given if len(given) <= 60 else given[:57] + '...'}"
+    return f"{location}: {message}, not {given if len(given) <= 60 else given[:57] + '...'}"

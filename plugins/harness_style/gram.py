@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from harness.models import LoadedModel
     from harness.optimise import LBFGS
 
-HISTORY = 4
+HISTORY = 3
 
 
 def targets_of(model: LoadedModel, images: Tensor, layers: Sequence[str], pooling: str = "max") -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def features_of(model: LoadedModel, images: Tensor, layer: str, pooling: str = "
 
 
 def descent(optimiser: Literal["lbfgs", "adam"]) -> Literal["adam"] | LBFGS:
-    """The rule behind an optimiser's name: L-BFGS remembers four changes, as each is read several times a step, and errors hardly grow by
+    """The rule behind an optimiser's name: L-BFGS remembers three changes, as each is read several times a step, and errors hardly grow by
     that."""
     from harness.optimise import LBFGS
 

@@ -70,7 +70,7 @@ class StyleTransfer(Technique):
 
     name = "style_transfer"
     family = "style"
-    version = 6
+    version = 7
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -133,6 +133,10 @@ class StyleTransfer(Technique):
             raise ValueError("blend: weights are not below zero, and one is above")
         if min(self.style_weight) < 0 or min(self.style_scale) <= 0:
             raise ValueError("style_weight must not be below zero, style_scale must be above zero")
+        if self.preset:
+            own = [n for n, value in VGG19.items() if getattr(self, n) not in (value, type(self).model_fields[n].default)]
+            if own:
+                raise ValueError(f"preset={self.preset} has its own {' and '.join(own)}; leave that out, or the preset")
         if self.layer_weights and (min(self.layer_weights) < 0 or sum(self.layer_weights) <= 0):
             raise ValueError("layer_weights: weights are not below zero, and one is above")
         return self

@@ -492,6 +492,9 @@ def test_bad_styles_and_pictures_are_told(small, squeezenet, photos, tmp_path):
     for wrong in ({"blend": [1, 2]}, {"style_weight": [-1]}, {"layer_weights": [0.0]}, {"blend": [0.0]}):
         with pytest.raises(ConfigError):
             StyleTransfer.build(wrong)
+    with pytest.raises(ConfigError, match="style_transfer: preset=vgg19 has its own pooling and palette; leave that out, or the preset$"):
+        StyleTransfer.build({"preset": "vgg19", "pooling": "max", "palette": 0.5})
+    StyleTransfer.build({"preset": "vgg19", "pooling": "average", "palette": 0.0})  # as the preset has them
 
 
 # -- textures pixel by pixel -----------------------------------------------------------------------------------------------

@@ -122,6 +122,24 @@ def test_a_folder_of_classes(tmp_path, registry):
     assert data.ids[0] == "cat/0.png"
 
 
+def test_a_folders_classes_can_be_a_known_list(tmp_path, registry):
+    root = tmp_path / "pictures"
+    for name in ("goldfish", "tench"):
+        save(root / name / "0.png", solid("RGB", 0))
+
+    def found(classes):
+        entry = DatasetEntry(source=f"folder:{root}", classes=classes)
+        return load_dataset("mine", replace(registry, datasets={"mine": entry}))
+
+    data = found("imagenet")
+    assert len(data.classes) == 1000 and data.labels.tolist() == [1, 0]
+    assert found(["tench", "goldfish"]).labels.tolist() == [1, 0]
+    with pytest.raises(ConfigError, match="dataset 'mine': no class names 'imagnet'; did you mean 'imagenet'"):
+        found("imagnet")
+    with pytest.raises(DataError, match="folder 'goldfish' is not one of its classes"):
+        found("digits")
+
+
 def test_a_folder_without_classes(tmp_path, registry):
     save(tmp_path / "flat" / "b.png", solid("RGB", 0))
     save(tmp_path / "flat" / "a.JPG", solid("RGB", 0))

@@ -52,6 +52,49 @@ def test_a_layer_before_an_in_place_operation_shows_its_negatives():
     assert found["second"].min() < 0
 
 
+def test_outputs_are_copied_where_the_model_writes_over_them():
+    model, x = tricky(), pictures()
+    m = model.module
+    _ = model.calls
+    passes, given = [], []
+    m.conv.register_forward_hook(lambda *_: passes.append(1))
+    m.relu.register_forward_hook(lambda _m, _a, output: given.append(output))
+
+    def right(found):
+        a = F.conv2d(x, m.conv.weight, m.conv.bias, padding=1)
+        torch.testing.assert_close(found["conv"], a)
+        torch.testing.assert_close(found["second"], m.second(a.relu()))
+        torch.testing.assert_close(found["relu#1"], a.relu())
+
+    for known in (False, True):
+        passes.clear()
+        given.clear()
+        found = model.activations(x, ["conv", "relu#1", "second", "head"])
+        assert len(passes) == 1
+        assert (found["relu#1"].data_ptr() == given[0].data_ptr()) == known
+        right(found)
+    m.relu.inplace = False
+    right(model.activations(x, ["conv", "relu#1", "second", "head"]))
+    m.relu.inplace = True  # conv was left alone last time, and is not now
+    passes.clear()
+    right(model.activations(x, ["conv", "relu#1", "second", "head"]))
+    assert len(passes) == 2
+    with torch.inference_mode():
+        right(model.activations(x, ["conv", "relu#1", "second", "head"]))
+
+
+def test_slopes_flow_through_what_is_not_copied():
+    model, x = tricky(), pictures().requires_grad_()
+    m = model.module
+    a = m.conv(x).relu()
+    b = m.second(a) + a
+    wanted = torch.autograd.grad((a.sin().sum() + b.relu().square().sum()), x)[0]
+    for _ in range(2):
+        found = model.activations(x, ["conv", "relu#1", "relu#2", "head"])
+        slope = torch.autograd.grad(found["relu#1"].sin().sum() + found["relu#2"].square().sum(), x)[0]
+        torch.testing.assert_close(slope, wanted)
+
+
 def test_a_reused_module_has_one_output_a_call():
     model, x = tricky(), pictures()
     assert [n for n, _ in model.calls] == ["conv", "relu#1", "second", "relu#2", "head"]
