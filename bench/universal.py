@@ -4,6 +4,7 @@ one size, with the same pictures, passes and inner attack: the share of unseen p
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -53,11 +54,13 @@ def main() -> None:
         rows = np.random.default_rng(seed).permutation(len(train))[: options.count]
         images = train[rows]
         ours = universal_deepfool(model, images, eps, Draws(["noise"], model.device, model.dtype, seed), passes=options.passes, wanted=0.8)
-        np.random.seed(seed)  # noqa: NPY002  # ART draws from the global generator
-        theirs = art_noise(model, images.numpy(), eps, options.passes, 0.8)
-        shares = [float((answers(model, unseen, noise, batch=25) != own).float().mean()) for noise in (ours, theirs)]
-        assert max(float(noise.abs().max()) for noise in (ours, theirs)) <= eps + 1e-6
-        print(f"{seed:4}  {shares[0]:.3f}  {shares[1]:.3f}")
+        noises = [ours]
+        if find_spec("art"):
+            np.random.seed(seed)  # noqa: NPY002  # ART draws from the global generator
+            noises.append(art_noise(model, images.numpy(), eps, options.passes, 0.8))
+        shares = [float((answers(model, unseen, noise, batch=25) != own).float().mean()) for noise in noises]
+        assert max(float(noise.abs().max()) for noise in noises) <= eps + 1e-6
+        print(f"{seed:4}  " + "  ".join(f"{share:.3f}" for share in shares))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class $cls(Technique):
     family = "saliency"
     needs = frozenset({"images"})
     attribution = "map"  # the map that faithfulness and the like judge
+    audit = {"standard": {}}  # the profiles of audits it is part of, with its parameters there
     reading = "How to read the picture."
     caveats = "What it does not show."
 

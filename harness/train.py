@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import yamlfile
 from .builders import build_module
 from .context import drawn, stable_seed, to_images
 from .datasets import Dataset, because, class_names, evenly, load_dataset
@@ -28,7 +29,7 @@ from .runner import versions
 def train(
     name: str, registry: Registry, folder: Path, device: str = "auto", report: Callable[[str, int, int], None] | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Follow recipe `name`, of a network or a generator; write `NAME.safetensors` and its card `NAME.json` into `folder`.
+    """Follow recipe `name`; write `NAME.safetensors`, its card `NAME.json` and a registry `NAME.yaml` with its entry into `folder`.
 
     (weights file, card) is given back.
 
@@ -77,6 +78,7 @@ def train(
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     with writing(path) as temporary:
         save_file(state, temporary)
+    sha = sha256_file(path)
     card = {
         "name": name,
         "recipe": recipe.model_dump(mode="json"),
@@ -88,11 +90,24 @@ def train(
         "course": course,
         "parameters": sum(p.numel() for p in module.parameters()),
         "seed": recipe.seed,
-        "sha256": sha256_file(path),
+        "sha256": sha,
         "versions": {k: v for k, v in versions().items() if k in ("python", "torch", "numpy", "vision-harness")},
     }
     with writing(folder / f"{name}.json") as temporary:
         write_json(temporary, json.loads(json.dumps(card)))
+    module_file, _, attribute = recipe.builder.rpartition(":")
+    if module_file.endswith(".py"):  # which starts at the recipe's registry, and the entry stands elsewhere
+        module_file = str((recipe.folder / Path(module_file).expanduser()).absolute())
+    written: dict[str, Any] = {
+        "builder": f"{module_file}:{attribute}",
+        "args": recipe.args,
+        "weights": f"file:{path.name}",
+        "sha256": sha,
+        "classes": recipe.classes or list(data.classes),
+        "input": recipe.input.model_dump(mode="json", exclude_none=True),
+    }
+    with writing(folder / f"{name}.yaml") as temporary:
+        temporary.write_text(yamlfile.written({"models": {name: written}}))
     return path, card
 
 

@@ -99,6 +99,8 @@ def command(
         attacked = f", {card['accuracy']['attacked']:.3f} under attack" if "attacked" in card["accuracy"] else ""
         where = card["test_data"]["name"] or f"{card['test_data']['pictures']} pictures kept apart"
         click.echo(f"{path}: accuracy {card['accuracy']['test']:.3f}{attacked} on {where}, sha256 {card['sha256']}")
+        data = card["test_data"]["name"] or card["data"]["name"]
+        click.echo(f"try it: harness -r {path.with_suffix('.yaml')} audit {name} -d {data}")
 
 
 def absolute(style: str) -> str:

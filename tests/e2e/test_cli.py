@@ -410,6 +410,30 @@ def test_a_recipe_is_trained_for_its_model(cli, tmp_path, registry):
     cli("-r", "r.yaml", "run", "-m", "mine", "-d", "digits_test", "-t", "predictions")
 
 
+def test_what_was_trained_is_found_by_the_registry_beside_it(cli, tmp_path):
+    """The network of a file beside the recipe, its classes those of the folder's subfolders; the weights lie elsewhere."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for i, (image, label) in enumerate(zip(digits.images[:60], digits.target[:60], strict=True)):
+        folder = tmp_path / "pictures" / ("odd" if label % 2 else "even")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "net.py").write_text(
+        "from torch import nn\ndef Net(classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    (tmp_path / "own" / "r.yaml").write_text(
+        "recipes:\n  parity: {builder: './net.py:Net', args: {classes: 2}, dataset: ./pictures, input: {channels: 1, size: 8}, epochs: 2}\n"
+    )
+    out, _ = cli("-r", "own/r.yaml", "train", "parity", "-d", "./pictures", "-n", "mine", "-o", "made", "--device", "cpu")
+    assert "harness -r made/mine.yaml audit mine -d ./pictures" in out
+    out, _ = cli("-r", "made/mine.yaml", "run", "-m", "mine", "-d", "./pictures", "-t", "predictions")
+    assert "1 of 1 runs finished" in out
+    out, _ = cli("-r", "made/mine.yaml", "show", "mine")
+    assert "2 named classes" in out
+
+
 def test_a_training_that_diverges_leaves_what_is_there(cli, tmp_path):
     (tmp_path / "r.yaml").write_text(
         "recipes:\n  wild: {builder: 'harness.nets:DigitsCNN', dataset: digits_train, classes: digits, input: {channels: 1, size: 8},\n"
@@ -433,6 +457,7 @@ def test_a_new_plugin_works_as_it_is(cli, tmp_path, monkeypatch):
 
     assert check_technique(importlib.import_module("harness_my_maps").MyMaps) == []
     compile((folder / "tests" / "test_my_maps.py").read_text(), "test", "exec")
+    assert "standard" in importlib.import_module("harness_my_maps").MyMaps.audit  # a part of audits
     assert 'my_maps = "harness_my_maps"' in (folder / "pyproject.toml").read_text()
 
 
