@@ -186,7 +186,9 @@ class StylerRecipe(_Entry):
     steps: Positive
     batch_size: Positive = 4
     learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    optimiser: Literal["adam", "muon"] = "adam"  # muon: of the kernels; norms and biases are learnt by Adam all the same
     crop: Annotated[int, Field(ge=32)] = 256
+    shown: Annotated[float, Field(gt=0, le=1)] | None = None  # least share of a picture's shorter side in a crop; see `crops`
     style_size: Annotated[int, Field(ge=32)] = 256
     content_weight: Annotated[float, Field(ge=0)] = 1.0
     style_weight: Annotated[float, Field(ge=0)] = 30.0

@@ -20,6 +20,7 @@ from .datasets import Dataset, at_size, load_dataset, named_picture, picture_pla
 from .device import device_kind, device_settings, placed, seeded
 from .errors import ConfigError
 from .models import LoadedModel, load_model
+from .muon import Muon
 from .optimise import content_error, evaluate, gram, style_error, total_variation
 from .optimise.objectives import Objective
 from .paths import sha256_file, writing
@@ -29,6 +30,7 @@ from .runner import versions
 from .stylers import ConditionalInstanceNorm, TransformNet, load_styler
 
 Report = Callable[[str, int, int], None]
+Optimisers = Mapping[str, torch.optim.Optimizer]
 BUILDER = "harness.stylers:TransformNet"
 RAMP = 0.2  # share of the steps over which the weight of the style rises
 SAVED = 200  # steps between two states on disk
@@ -85,15 +87,22 @@ def task_of(recipe: StylerRecipe, registry: Registry, device: str, encoder: Load
     return Task(encoder, encoder.full_name(recipe.content_layer), targets, weights, shares, seen.hexdigest())
 
 
-def crops(data: Dataset, count: int, size: int, channels: int, device: torch.device, seed: int = 0, start: int = 0) -> Iterator[Tensor]:
-    """Batches (count, channels, size, size) of random crops of random pictures, mirrored by chance: the k-th is the same in any run."""
+def crops(
+    data: Dataset, count: int, size: int, channels: int, device: torch.device, seed: int = 0, start: int = 0, shown: float | None = None
+) -> Iterator[Tensor]:
+    """Batches (count, channels, size, size) of random crops of random pictures, mirrored by chance: the k-th is the same in any run.
+
+    With `shown` a crop shows from that share of the picture's shorter side to all of it; without, the picture is made smaller by a
+    factor from 0.3 to 1 first, whatever its size.
+    """
     step = start
     while True:
         random = np.random.default_rng(stable_seed("crops", seed, step))
         batch = []
         for i in random.integers(0, len(data), count).tolist():
             picture = data.get(i)
-            side = max(size, round(min(picture.size) * float(random.uniform(0.3, 1.0))))
+            part = float(random.uniform(shown or 0.3, 1.0))
+            side = max(size, round(size / part if shown else min(picture.size) * part))
             pixels = at_size(picture, round(side * max(picture.size) / min(picture.size)), channels)
             height, width = pixels.shape[:2]
             if min(height, width) < size:
@@ -216,11 +225,15 @@ def fit(
             norm.gamma.requires_grad_(True)
             norm.beta.requires_grad_(True)
     learnt = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(learnt, recipe.learning_rate)
+    kernels = [p for p in learnt if p.ndim == 4 and recipe.optimiser == "muon"]
+    others = [p for p in learnt if all(p is not k for k in kernels)]
+    optimisers: dict[str, torch.optim.Optimizer] = {"adam": torch.optim.Adam(others, recipe.learning_rate)}
+    if kernels:
+        optimisers["muon"] = Muon(kernels, recipe.learning_rate)
     history: dict[str, list[float]] = {"content": [], "style": [], "variation": []}
-    done = _taken_up(state, training, module, optimiser, history) if state is not None else 0
+    done = _taken_up(state, training, module, optimisers, history) if state is not None else 0
     recent: list[Tensor] = []
-    batches = crops(data, recipe.batch_size, recipe.crop, task.encoder.input.channels, device, recipe.seed, done)
+    batches = crops(data, recipe.batch_size, recipe.crop, task.encoder.input.channels, device, recipe.seed, done, recipe.shown)
     for step in range(done, recipe.steps):
         contents = next(batches)
         random = np.random.default_rng(stable_seed("styles", recipe.seed, step))
@@ -230,16 +243,18 @@ def fit(
         # Content is learnt first: a network that makes nothing but texture does not find its way back to the picture.
         share = 1.0 if first else min(1.0, (step + 1) / (RAMP * recipe.steps))
         loss = task.total({**losses, "style": share * losses["style"]})
-        optimiser.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if first:
             for norm in norms:
                 for table in (norm.gamma, norm.beta):
                     assert table.grad is not None
                     table.grad[:first] = 0  # rows that others rely on; Adam leaves what never had a slope
-        for group in optimiser.param_groups:  # falls to a tenth over the last third
-            group["lr"] = recipe.learning_rate * min(1.0, max(0.1, 3 * (1 - step / recipe.steps)))
-        optimiser.step()
+        rate = recipe.learning_rate * min(1.0, max(0.1, 3 * (1 - step / recipe.steps)))  # falls to a tenth over the last third
+        for optimiser in optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
         recent.append(torch.stack([value.detach() for value in losses.values()]))
         last = step + 1 == recipe.steps
         if (step + 1) % SAVED == 0 or last:  # the device is waited for now and then, and not at every step
@@ -249,7 +264,7 @@ def fit(
             if not np.isfinite(history["style"][-1]):
                 raise ConfigError(f"{recipe.where}: the loss stopped being finite before step {step + 1}; use a smaller learning_rate")
             if state is not None and not last:
-                _written(state, training, module, optimiser, history, step + 1)
+                _written(state, training, module, optimisers, history, step + 1)
         if report:
             report("steps", step + 1, recipe.steps)
     module.requires_grad_(True).eval()
@@ -266,20 +281,19 @@ def _identity(module: TransformNet, task: Task, recipe: StylerRecipe, data: Data
     return found.hexdigest()
 
 
-def _written(
-    path: Path, training: str, module: nn.Module, optimiser: torch.optim.Optimizer, history: Mapping[str, list[float]], done: int
-) -> None:
+def _written(path: Path, training: str, module: nn.Module, optimisers: Optimisers, history: Mapping[str, list[float]], done: int) -> None:
     from safetensors.torch import save_file
 
     tensors = {f"net.{k}": v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    for i, values in optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{k}": torch.as_tensor(v).detach().cpu().contiguous() for k, v in values.items()}
+    for kind, optimiser in optimisers.items():
+        for i, values in optimiser.state_dict()["state"].items():
+            tensors |= {f"{kind}.{i}.{k}": torch.as_tensor(v).detach().cpu().contiguous() for k, v in values.items()}
     tensors |= {f"history.{k}": torch.tensor(v, dtype=torch.float64) for k, v in history.items()}
     with writing(path) as temporary:
         save_file(tensors, temporary, {"training": training, "done": str(done)})
 
 
-def _taken_up(path: Path, training: str, module: nn.Module, optimiser: torch.optim.Optimizer, history: dict[str, list[float]]) -> int:
+def _taken_up(path: Path, training: str, module: nn.Module, optimisers: Optimisers, history: dict[str, list[float]]) -> int:
     """Steps that a state on disk has done already; another training's state is left alone and written over."""
     from safetensors import safe_open
 
@@ -291,12 +305,13 @@ def _taken_up(path: Path, training: str, module: nn.Module, optimiser: torch.opt
             return 0
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # no mapping
     module.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
-    memory: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("adam."):
-            _, i, name = key.split(".")
-            memory.setdefault(int(i), {})[name] = value
-    optimiser.load_state_dict({"state": memory, "param_groups": optimiser.state_dict()["param_groups"]})
+    for kind, optimiser in optimisers.items():
+        memory: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"{kind}."):
+                _, i, name = key.split(".")
+                memory.setdefault(int(i), {})[name] = value
+        optimiser.load_state_dict({"state": memory, "param_groups": optimiser.state_dict()["param_groups"]})
     for name in history:
         history[name] = tensors[f"history.{name}"].tolist()
     return int(facts["done"])

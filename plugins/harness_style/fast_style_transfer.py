@@ -141,7 +141,16 @@ class FastStyleTransfer(Technique):
         from harness.train_styler import crops, fit
 
         small = recipe.one(self.style).model_copy(
-            update={"width": 8, "blocks": 3, "crop": 96, "batch_size": 4, "steps": self.train_steps, "seed": ctx.seed}
+            update={
+                "width": 8,
+                "blocks": 3,
+                "crop": 96,
+                "shown": None,
+                "batch_size": 4,
+                "optimiser": "adam",
+                "steps": self.train_steps,
+                "seed": ctx.seed,
+            }
         )
         lines: dict[str, Any] = {}
         every = range(len(ctx.dataset))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -717,9 +717,11 @@ def recipe(**more):
     return StylerRecipe(**words)
 
 
-def test_training_goes_on_where_it_stopped(registry, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_training_goes_on_where_it_stopped(optimiser, registry, tmp_path, monkeypatch):
     """Eight steps at once, and four, an interruption and four more, give the same network."""
-    whole = trainer.train_styler("a", recipe(), registry, tmp_path / "whole", "cpu")
+    words = recipe(optimiser=optimiser, shown=0.6)
+    whole = trainer.train_styler("a", words, registry, tmp_path / "whole", "cpu")
     monkeypatch.setattr(trainer, "SAVED", 4)
 
     class Stop(Exception):
@@ -730,14 +732,38 @@ def test_training_goes_on_where_it_stopped(registry, tmp_path, monkeypatch):
             raise Stop
 
     with pytest.raises(Stop):
-        trainer.train_styler("a", recipe(), registry, tmp_path / "parts", "cpu", interrupt)
+        trainer.train_styler("a", words, registry, tmp_path / "parts", "cpu", interrupt)
     assert (tmp_path / "parts" / "a.state.safetensors").is_file()
     seen = []
-    parts = trainer.train_styler("a", recipe(), registry, tmp_path / "parts", "cpu", lambda _, done, __: seen.append(done))
+    parts = trainer.train_styler("a", words, registry, tmp_path / "parts", "cpu", lambda _, done, __: seen.append(done))
     assert seen == [5, 6, 7, 8]
     assert parts[1]["losses"] == whole[1]["losses"]
     assert parts[0].read_bytes() == whole[0].read_bytes()
     assert not (tmp_path / "parts" / "a.state.safetensors").exists()
+
+
+def test_muon_learns_the_kernels_and_adam_the_rest(registry):
+    words = recipe(optimiser="muon", steps=1, batch_size=1)
+    task, data = trainer.task_of(words, registry, "cpu"), trainer.load_dataset("photos", registry)
+    nets = {}
+    for kind in ("adam", "muon"):
+        torch.manual_seed(0)
+        nets[kind] = trainer.TransformNet(width=4, blocks=1)
+        trainer.fit(nets[kind], task, words.model_copy(update={"optimiser": kind}), data)
+    for (name, adam), (_, muon) in zip(*(net.named_parameters() for net in nets.values()), strict=True):
+        assert torch.equal(adam, muon) == (adam.ndim < 4), name
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (300, 200)])
+def test_crops_show_the_share_of_the_picture_that_is_asked_for(height, width, registry, tmp_path):
+    """The pixels are their row's place: what a crop spans is what it shows."""
+    rows = np.repeat(np.linspace(0, 255, height)[:, None], width, 1).astype(np.uint8)
+    Image.fromarray(rows).convert("RGB").save(tmp_path / "rows.png")
+    data = trainer.load_dataset(str(tmp_path), registry)
+    batches = islice(trainer.crops(data, 4, 32, 3, torch.device("cpu"), shown=0.6), 20)
+    spans = torch.cat([batch.amax((1, 2, 3)) - batch.amin((1, 2, 3)) for batch in batches])
+    parts = spans.numpy() * height / min(height, width)
+    assert parts.min() == pytest.approx(0.6, abs=0.06) and parts.max() == pytest.approx(1.0, abs=0.06)
 
 
 def test_a_training_by_another_picture_of_the_same_name_begins_anew(registry, tmp_path, monkeypatch):
