@@ -421,6 +421,13 @@ def at_size(picture: Image.Image, size: int, channels: int) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
+def flat(picture: Image.Image) -> bool:
+    """One colour everywhere?"""
+    extrema = picture.getextrema()
+    bands = extrema if isinstance(extrema[0], tuple) else (extrema,)
+    return all(low == high for low, high in bands)
+
+
 def class_names(classes: str | Sequence[str]) -> tuple[str, ...]:
     """Names of a known set (`imagenet`, `cifar10`, `digits`), or the names given."""
     if not isinstance(classes, str):

@@ -160,6 +160,11 @@ def synchronise(device: torch.device) -> None:
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for what it sets, see malloc.h
 
 
+def physical_memory() -> int:
+    """Bytes of memory of this machine; of a container its machine's."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def keep_freed_memory() -> ctypes.CDLL | None:
     """Let glibc keep freed blocks for the next pass; None where the C library is another one.
 

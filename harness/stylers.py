@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .builders import build_module
 from .device import placed
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .registry import ModelEntry, Registry, StylerEntry
@@ -192,4 +193,8 @@ class LoadedStyler:
 def load_styler(name: str, registry: Registry, device: str | torch.device = "cpu") -> LoadedStyler:
     """The styler of a registry name on a device."""
     entry: StylerEntry = registry.styler(name)
-    return LoadedStyler(build_module(name, entry), name, entry.styles, device)
+    module = build_module(name, entry)
+    rows = getattr(module, "styles", len(entry.styles))
+    if rows != len(entry.styles):
+        raise ConfigError(f"{entry.where}: styler {name!r} names {len(entry.styles)} styles, and its network has {rows}")
+    return LoadedStyler(module, name, entry.styles, device)

@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from . import yamlfile
 from .context import stable_seed, to_images
-from .datasets import Dataset, at_size, load_dataset, named_picture, picture_place
+from .datasets import Dataset, at_size, flat, load_dataset, named_picture, picture_place
 from .device import device_kind, device_settings, placed, seeded
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .models import LoadedModel, load_model
 from .muon import Muon
 from .optimise import content_error, evaluate, gram, style_error, total_variation
@@ -34,6 +38,8 @@ Optimisers = Mapping[str, torch.optim.Optimizer]
 BUILDER = "harness.stylers:TransformNet"
 RAMP = 0.2  # share of the steps over which the weight of the style rises
 SAVED = 200  # steps between two states on disk
+TRIES = 20  # pictures that are drawn in place of one that cannot be read
+LONGEST = 16  # times as long as it is wide may be what a crop is taken of
 
 
 @dataclass(frozen=True)
@@ -93,27 +99,54 @@ def crops(
     """Batches (count, channels, size, size) of random crops of random pictures, mirrored by chance: the k-th is the same in any run.
 
     With `shown` a crop shows from that share of the picture's shorter side to all of it; without, the picture is made smaller by a
-    factor from 0.3 to 1 first, whatever its size.
+    factor from 0.3 to 1 first, whatever its size. In place of a picture that cannot be read another is taken, with a warning.
     """
-    step = start
-    while True:
+
+    def batch(step: int) -> np.ndarray:
         random = np.random.default_rng(stable_seed("crops", seed, step))
-        batch = []
-        for i in random.integers(0, len(data), count).tolist():
-            picture = data.get(i)
-            part = float(random.uniform(shown or 0.3, 1.0))
-            side = max(size, round(size / part if shown else min(picture.size) * part))
-            pixels = at_size(picture, round(side * max(picture.size) / min(picture.size)), channels)
-            height, width = pixels.shape[:2]
-            if min(height, width) < size:
-                edge = [(0, max(0, size - n)) for n in (height, width)]
-                pixels = np.pad(pixels, (*edge, (0, 0)), mode="symmetric")
-                height, width = pixels.shape[:2]
-            y, x = (int(random.integers(0, n - size + 1)) for n in (height, width))
-            crop = pixels[y : y + size, x : x + size]
-            batch.append(crop[:, ::-1] if random.uniform() < 0.5 else crop)
-        yield to_images(np.ascontiguousarray(np.stack(batch)), device)
-        step += 1
+        found = [_crop(_opened(data, i, random), size, channels, random, shown) for i in random.integers(0, len(data), count).tolist()]
+        return np.stack(found)
+
+    with ThreadPoolExecutor(1) as pool:  # the next is opened while the caller works on this one
+        step, waiting = start, pool.submit(batch, start)
+        while True:
+            found = waiting.result()
+            step += 1
+            waiting = pool.submit(batch, step)
+            yield to_images(found, device)
+
+
+def _opened(data: Dataset, place: int, random: np.random.Generator) -> Image.Image:
+    """The picture in a place, or where it cannot be read another: a day's training does not end at one broken file."""
+    left = TRIES
+    while True:
+        try:
+            return data.get(place)
+        except DataError as error:
+            left -= 1
+            if not left:
+                raise
+            warnings.warn(f"{error} (another is taken)", RuntimeWarning, stacklevel=2)
+            place = int(random.integers(0, len(data)))
+
+
+def _crop(picture: Image.Image, size: int, channels: int, random: np.random.Generator, shown: float | None) -> np.ndarray:
+    """uint8 (size, size, channels)."""
+    part = float(random.uniform(shown or 0.3, 1.0))
+    width, height = (min(n, LONGEST * min(picture.size)) for n in picture.size)
+    if (width, height) != picture.size:  # which at the size wanted might take gigabytes
+        x, y = (int(random.integers(0, n - kept + 1)) for n, kept in zip(picture.size, (width, height), strict=True))
+        picture = picture.crop((x, y, x + width, y + height))
+    side = max(size, round(size / part if shown else min(picture.size) * part))
+    pixels = at_size(picture, round(side * max(picture.size) / min(picture.size)), channels)
+    height, width = pixels.shape[:2]
+    if min(height, width) < size:
+        edge = [(0, max(0, size - n)) for n in (height, width)]
+        pixels = np.pad(pixels, (*edge, (0, 0)), mode="symmetric")
+        height, width = pixels.shape[:2]
+    y, x = (int(random.integers(0, n - size + 1)) for n in (height, width))
+    crop = pixels[y : y + size, x : x + size]
+    return crop[:, ::-1] if random.uniform() < 0.5 else crop
 
 
 def train_styler(
@@ -124,16 +157,21 @@ def train_styler(
 
     folder.mkdir(parents=True, exist_ok=True)
     names = _names(recipe)
+    data = load_dataset(recipe.dataset, registry)
+    for style in recipe.styles:
+        if flat(named_picture(style, registry, recipe.folder)):
+            warnings.warn(
+                f"style {style}: one colour everywhere; nothing but that colour can be learnt of it", RuntimeWarning, stacklevel=2
+            )
     with device_settings(device):
         kind = device_kind(device)
         task = task_of(recipe, registry, kind)
         module, args, names, first = _network(recipe, registry, task.encoder.input.channels, names, kind)
-        history = fit(module, task, recipe, load_dataset(recipe.dataset, registry), first, folder / f"{name}.state.safetensors", report)
+        history = fit(module, task, recipe, data, first, folder / f"{name}.state.safetensors", report)
     path = folder / f"{name}.safetensors"
     with writing(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
     sha = sha256_file(path)
-    data = load_dataset(recipe.dataset, registry)
     tail = max(1, recipe.steps // 20)
     card = {
         "name": name,
@@ -154,12 +192,27 @@ def train_styler(
     if not recipe.base:  # by whose losses fast and slow are compared; it counts its styles as the network does
         entry["recipe"] = name
         own = recipe.model_dump(mode="json", exclude_defaults=True)
-        own["styles"] = [s if picture_place(s) else str((recipe.folder / Path(s).expanduser()).absolute()) for s in recipe.styles]
+        own["styles"], own["style_names"] = (
+            [_kept(s, recipe.folder, folder, f"{name}-style-{i}") for i, s in enumerate(recipe.styles)],
+            names,
+        )
         registry_file["styler_recipes"] = {name: own}
     with writing(folder / f"{name}.yaml") as temporary:
         temporary.write_text(yamlfile.written(registry_file))
     (folder / f"{name}.state.safetensors").unlink(missing_ok=True)
     return path, card
+
+
+def _kept(style: str, start: Path, folder: Path, name: str) -> str:
+    """The name of a style's picture in a registry in `folder`: a file is copied there, so that the folder can be moved."""
+    if picture_place(style):
+        return style
+    source = start / Path(style).expanduser()
+    target = folder / f"{name}{source.suffix.lower()}"
+    if source.resolve() != target.resolve():
+        with writing(target) as temporary:
+            shutil.copyfile(source, temporary)
+    return target.name
 
 
 def _names(recipe: StylerRecipe) -> list[str]:
@@ -168,6 +221,9 @@ def _names(recipe: StylerRecipe) -> list[str]:
         raise ConfigError(f"{recipe.where}: {len(names)} style_names for {len(recipe.styles)} styles")
     if not names:
         raise ConfigError(f"{recipe.where}: no styles; name pictures as DATASET:ID or by path")
+    for style in recipe.styles:
+        if any("\ud800" <= letter <= "\udfff" for letter in style):  # the card and the registry are UTF-8
+            raise ConfigError(f"style {style!r}: the file's name is not UTF-8; rename it, or make a link to it")
     return names
 
 
@@ -212,7 +268,7 @@ def fit(
 ) -> dict[str, list[float]]:
     """Train in place; {loss: (steps,)}. Of a network that knows `first` styles already only the rows of the others change.
 
-    A state in the file `state` of the same training is taken up; it is written every 200 steps.
+    A state in the file `state` of the same training is taken up; it is written every 200 steps. Another's raises `ConfigError`.
     """
     training = _identity(module, task, recipe, data) if state is not None else ""
     device = task.encoder.device
@@ -272,8 +328,9 @@ def fit(
 
 
 def _identity(module: TransformNet, task: Task, recipe: StylerRecipe, data: Dataset) -> str:
-    """What a training goes from and goes by: its recipe, and what stands behind the names there. The same on every device."""
-    behind = [recipe.model_dump(mode="json"), task.encoder.weights, data.fingerprint, task.styles]
+    """What a training goes from and goes by: its recipe's settings, and what stands behind the names there. The same on every device."""
+    named = {"description", "license", "source_url", "styles", "style_names", "dataset"}
+    behind = [recipe.model_dump(mode="json", exclude=named), task.encoder.weights, data.fingerprint, task.styles]
     found = hashlib.sha256(json.dumps(behind, sort_keys=True).encode())
     for name, value in module.state_dict().items():
         found.update(name.encode())
@@ -294,7 +351,7 @@ def _written(path: Path, training: str, module: nn.Module, optimisers: Optimiser
 
 
 def _taken_up(path: Path, training: str, module: nn.Module, optimisers: Optimisers, history: dict[str, list[float]]) -> int:
-    """Steps that a state on disk has done already; another training's state is left alone and written over."""
+    """Steps that a state on disk has done already; another training's state is not written over."""
     from safetensors import safe_open
 
     if not path.is_file():
@@ -302,7 +359,10 @@ def _taken_up(path: Path, training: str, module: nn.Module, optimisers: Optimise
     with safe_open(path, "pt") as stored:
         facts = stored.metadata() or {}
         if facts.get("training") != training:
-            return 0
+            raise ConfigError(
+                f"{path}: {facts.get('done', 'some')} steps of another training (other settings, pictures, weights or version); "
+                "remove it, or choose another --name or --output"
+            )
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # no mapping
     module.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
     for kind, optimiser in optimisers.items():

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,12 @@ from .main import State
     help="Folder for the weights and their card; default the user's cache.",
 )
 @click.option("-n", "--name", default="", help="Name of what is trained; default the recipe's.")
-@click.option("-d", "--dataset", default="", help="Train on another dataset, or a folder's pictures; every fifth is kept for the test.")
+@click.option(
+    "-d",
+    "--dataset",
+    default="",
+    help="Train on another dataset, or a folder's pictures; but for stylers every fifth is kept for the test.",
+)
 @click.option("--encoder", default="", help="Of a generator: the model whose layer it inverts.")
 @click.option("--layer", default="", help="Of a generator: the layer.")
 @click.option("--epochs", type=click.IntRange(1, 100_000), help="Passes over the pictures; default the recipe's.")
@@ -80,7 +88,8 @@ def command(
     registry = registry.with_recipe(name, found, changed)
     from ..train import train
 
-    path, card = train(name, registry, output or cache_folder("weights"), device, report=progress)
+    with told():
+        path, card = train(name, registry, output or cache_folder("weights"), device, report=progress)
     if kind == "generator":
         test = card["test"]
         click.echo(
@@ -101,6 +110,14 @@ def command(
         click.echo(f"{path}: accuracy {card['accuracy']['test']:.3f}{attacked} on {where}, sha256 {card['sha256']}")
         data = card["test_data"]["name"] or card["data"]["name"]
         click.echo(f"try it: harness -r {path.with_suffix('.yaml')} audit {name} -d {data}")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Warnings as lines of their own, each once."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"\rwarning: {message}", err=True)
+        yield
 
 
 def absolute(style: str) -> str:

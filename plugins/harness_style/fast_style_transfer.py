@@ -8,7 +8,7 @@ import numpy as np
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 from harness.technique import Further
 
-from .pictures import contents, eight_bits
+from .pictures import contents, eight_bits, small_ones
 from .style_transfer import padded
 
 if TYPE_CHECKING:
@@ -83,8 +83,11 @@ class FastStyleTransfer(Technique):
         rows: list[list[Any]] = []
         ratios: list[float] = []
         finals: dict[str, list[float]] = {"fast": [], "slow": []}
+        refused = small_ones(ctx, self.size, [task.content_layer, *task.targets] if task else ())
         notes = [] if task else [f"nothing is made slowly, as the losses of styler {self.styler!r} are not known here: {reason}"]
         for number, (name, content) in enumerate(contents(ctx, self.size), 1):
+            if name in refused:
+                continue
             styler(content, mix)  # what is first is slow
             synchronise(ctx.device)
             begun = time.perf_counter()
@@ -129,7 +132,7 @@ class FastStyleTransfer(Technique):
             found, last = self._compared(ctx, task, recipe)
             artifacts += found
             metrics += last
-        return Result(artifacts, metrics, notes)
+        return Result(artifacts, metrics, [*notes, *refused.values()])
 
     def _compared(self, ctx: Context, task: Task, recipe: StylerRecipe) -> tuple[list[Any], list[Metric]]:
         """Two networks trained alike but for their norm, or their loss."""

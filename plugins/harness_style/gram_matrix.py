@@ -100,15 +100,21 @@ class GramMatrix(Technique):
         """Small matrices with their numbers' scale, large ones as pictures: the root, as a few strong channels outshine all others."""
         import torch
 
+        from harness_synthesis.blocks import in_a_name
+
         if len(found) == 1 and found.shape[1] <= SHOWN:
             names = [str(i) for i in range(found.shape[1])]
-            return Matrix(f"gram-{layer}", found[0].cpu().double(), names, names, unit=f"sum over positions, divisor {self.divisor}")
+            return Matrix(
+                f"gram-{in_a_name(layer)}", found[0].cpu().double(), names, names, unit=f"sum over positions, divisor {self.divisor}"
+            )
         root = found.abs().sqrt()
         pictures = root / root.amax((1, 2), keepdim=True).clamp_min(1e-20)
         factor = max(1, -(-128 // found.shape[1]))
         pictures = pictures.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         caption = f"{layer}: the root of |G|, {found.shape[1]} x {found.shape[1]} channels."
-        return Images(f"gram-{layer}", torch.round(255 * pictures[:, None].float()) / 255, captions=ctx.ids, exact=True, caption=caption)
+        return Images(
+            f"gram-{in_a_name(layer)}", torch.round(255 * pictures[:, None].float()) / 255, captions=ctx.ids, exact=True, caption=caption
+        )
 
 
 def covariances(value: Any) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 
 from harness import ConfigError, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .pictures import contents, eight_bits
+from .pictures import contents, eight_bits, small_ones
 
 if TYPE_CHECKING:
     from harness import Context
@@ -55,10 +55,13 @@ class MultiStyleTransfer(Technique):
                 f"multi_style_transfer.between: {self.styler!r} has {count} styles, counted from 0: {', '.join(styler.styles)}"
             )
         rows_of = np.eye(count)
+        refused = small_ones(ctx, self.size)
         artifacts: list[Any] = []
         apart: list[float] = []
         rows: list[list[Any]] = []
         for number, (name, content) in enumerate(contents(ctx, self.size), 1):
+            if name in refused:
+                continue
             made = [styler(content, rows_of[s].tolist()) for s in range(count)]
             sheet = torch.cat([content, *made])
             captions = [name, *styler.styles]
@@ -77,5 +80,5 @@ class MultiStyleTransfer(Technique):
         total = sum(p.numel() for p in module.parameters())
         artifacts.append(Table("styles", ["picture", "style", "mean change of a pixel"], rows))
         about = "mean absolute difference of the same picture in two styles"
-        notes = [f"{own} of {total} parameters ({own / total:.2%}) are a style's own"]
+        notes = [f"{own} of {total} parameters ({own / total:.2%}) are a style's own", *refused.values()]
         return Result(artifacts, [Metric("apart", float(np.mean(apart)), per_image=apart, about=about)], notes)

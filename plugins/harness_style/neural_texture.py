@@ -7,8 +7,8 @@ import numpy as np
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 from .gram import descent, pooled, style_layers, targets_of
-from .pictures import coarse_to_fine, eight_bits, framed, parts_of, resized, tensor_of, unframed
-from .style_transfer import LEAST, flat, refusal
+from .pictures import coarse_to_fine, eight_bits, framed, parts_of, read_all, refusal, resized, tensor_of, unframed, unseen
+from .style_transfer import LEAST
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,8 @@ class NeuralTexture(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
+        from harness.datasets import flat
+
         layers = style_layers(ctx, self.layers, fine=True)
         count = min(self.depths, len(layers))
         ends = np.linspace(1, len(layers), count).round().astype(int).tolist() if count > 1 else [len(layers)]
@@ -67,6 +69,7 @@ class NeuralTexture(Technique):
         notes: list[str] = []
         refused: list[str] = []
         finals: list[float] = []
+        read_all(ctx)
         for number, name in enumerate(ctx.ids, 1):
             picture = ctx.dataset.get(number - 1)
             if flat(picture):
@@ -98,6 +101,7 @@ class NeuralTexture(Technique):
             ctx.report("pictures", number, len(ctx.ids))
         if not lines:
             raise NotApplicable("; ".join(refused))
+        lines = {k: v[np.isfinite(v)] for k, v in lines.items()}
         longest = max(len(v) for v in lines.values())
         if longest:
             full = {k: np.r_[v, np.full(longest - len(v), v[-1])] for k, v in lines.items() if len(v)}
@@ -128,6 +132,8 @@ class NeuralTexture(Technique):
         done = 0
         for tall, wide in coarse_to_fine(height, width, self.coarse, LEAST):
             small = resized(sample, tall, wide)
+            if (tall, wide) != (height, width) and unseen(ctx, small, layers):
+                continue
             objective = -o.style_error(targets_of(ctx.model, small, layers, self.pooling))
             if self.tv_weight:
                 objective = objective - (100 * self.tv_weight / small[0].numel()) * o.total_variation()

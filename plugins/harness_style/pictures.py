@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,9 +24,66 @@ def tensor_of(ctx: Context, picture: Image.Image, size: int) -> Tensor:
     return to_images(at_size(picture, size, ctx.model.input.channels)[None], ctx.device, ctx.model.dtype)
 
 
-def contents(ctx: Context, size: int) -> list[tuple[str, Tensor]]:
-    """The run's own pictures, uncut, in their own shapes, the longer side `size` pixels."""
-    return [(name, tensor_of(ctx, ctx.dataset.get(i), size)) for i, name in enumerate(ctx.ids)]
+def contents(ctx: Context, size: int) -> Iterator[tuple[str, Tensor]]:
+    """The run's own pictures, uncut, in their own shapes, the longer side `size` pixels; one at a time, as they may be large."""
+    return ((name, tensor_of(ctx, ctx.dataset.get(i), size)) for i, name in enumerate(ctx.ids))
+
+
+def read_all(ctx: Context) -> None:
+    """Open every picture once: that one is broken is told before work is put into the others."""
+    for i in range(len(ctx.ids)):
+        ctx.dataset.get(i)
+
+
+SMALLEST = 16  # pixels of a side, below which nothing is left where a styler's network has a quarter of them
+
+
+def small_ones(ctx: Context, size: int, layers: Sequence[str] = ()) -> dict[str, str]:
+    """{name: why} of the pictures that stylers, or these layers of the model, do not take; raises where they take none."""
+    from harness import NotApplicable
+
+    found = {}
+    for name, content in contents(ctx, size):
+        height, width = content.shape[2:]
+        if min(height, width) < SMALLEST:
+            reason = f"a picture of {width} x {height} pixels is too small for stylers, which take {SMALLEST} and more; raise size"
+        else:
+            reason = unseen(ctx, content, layers) if layers else ""
+        if reason:
+            found[name] = f"{name}: {reason}"
+    if len(found) == len(ctx.ids):
+        raise NotApplicable("; ".join(found.values()))
+    return found
+
+
+def unseen(ctx: Context, image: Tensor, layers: Sequence[str]) -> str:
+    """Why a network cannot look at a picture of this size, in its words; empty where it can."""
+    return _looked_at(ctx, image, layers)[1]
+
+
+def refusal(ctx: Context, image: Tensor, layers: Sequence[str]) -> str:
+    """Why a picture of this size says nothing at these layers; empty where it does."""
+    found, reason = _looked_at(ctx, image, layers)
+    for name, value in found.items():
+        if value.shape[2] * value.shape[3] < 4:
+            return f"the picture is smaller than what a position of {name} sees: it has {value.shape[2]} x {value.shape[3]} positions there"
+    return reason
+
+
+def _looked_at(ctx: Context, image: Tensor, layers: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+    import torch
+
+    from harness.context import out_of_memory
+
+    try:
+        with torch.no_grad():
+            return ctx.model.activations(image, list(dict.fromkeys(layers))), ""
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        size = f"{image.shape[3]} x {image.shape[2]} pixels"
+        words = " ".join(str(error).split())[:120]
+        return {}, f"{ctx.model.name!r} takes no picture of {size}, too small for its layers or not the size it was made for: {words}"
 
 
 def coarse_to_fine(height: int, width: int, halvings: int, least: int) -> list[tuple[int, int]]:

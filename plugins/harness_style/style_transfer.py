@@ -21,9 +21,11 @@ from .pictures import (
     in_colours,
     parts_of,
     recoloured,
+    refusal,
     resized,
     tensor_of,
     unframed,
+    unseen,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ EVERY = 100  # steps between the pictures that show the progress
 COLOURS_AT = 256  # pixels of the longer side at which a style's colours are counted
 LEAST = 32  # pixels of the shorter side of the coarsest picture
 # The settings of Gatys et al. 2016 for VGG-19, in torchvision's layer names.
+LAST_OF_VGG19 = "features.34"  # conv5_4, which other networks of the family have not
 VGG19: dict[str, Any] = {
     "content_layer": "features.22",  # relu4_2
     "style_layers": ("features.1", "features.6", "features.11", "features.20", "features.29"),  # relu1_1 to relu5_1
@@ -89,7 +92,7 @@ class StyleTransfer(Technique):
     content_layer: str = Param("", description="layer of the content; none: one at a quarter of the depth")
     style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five over the first three quarters")
     layer_weights: tuple[float, ...] = Param(
-        (), description="w_l of the style layers; none: evenly falling, as the preset all the same; their sum is 1"
+        (), description="w_l of the style layers; none: evenly falling, with the preset all the same, and 1 in sum"
     )
     content_weight: float = Param(1.0, ge=0, description="alpha")
     style_weight: tuple[float, ...] = Param((30.0,), min_length=1, description="beta; several make a row of pictures")
@@ -147,6 +150,12 @@ class StyleTransfer(Technique):
         return Further(pictures=self.style)
 
     def run(self, ctx: Context) -> Result:
+        from torch import nn
+
+        from harness.datasets import flat
+
+        if self.preset and not isinstance(ctx.model.modules.get(LAST_OF_VGG19), nn.Conv2d):
+            raise ConfigError(f"style_transfer.preset: {self.preset} names VGG-19's layers, and {ctx.model.name!r} is another network")
         settings = self.model_copy(update=VGG19) if self.preset else self
         layers = style_layers(ctx, settings.style_layers)
         if not self.layer_weights:  # the paper's are all the same
@@ -171,12 +180,15 @@ class StyleTransfer(Technique):
         artifacts: list[Any] = []
         rows: list[list[Any]] = []
         curves: dict[str, Any] = {}
-        refused: list[str] = []
+        reasons = {name: refusal(ctx, picture, [*layers, content]) for name, picture in contents(ctx, self.size)}
+        refused = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+        if len(refused) == len(ctx.ids):
+            raise NotApplicable("; ".join(refused))
+        for plan in plans:  # before work is put into any
+            Transfer(ctx, settings, layers, content, [p for _, p in styles], plan, "").check(self.size)
         final: dict[str, list[float]] = {"content_error": [], "style_error": []}
         for number, (name, picture) in enumerate(contents(ctx, self.size), 1):
-            reason = refusal(ctx, picture, [*layers, content])
-            if reason:
-                refused.append(f"{name}: {reason}")
+            if reasons[name]:
                 continue
             made = []
             for plan in plans:
@@ -190,8 +202,6 @@ class StyleTransfer(Technique):
             final["style_error"].append(made[0].style)
             artifacts += self._shown(number, name, picture, styles, made, plans)
             ctx.report("pictures", number, len(ctx.ids))
-        if not curves:
-            raise NotApplicable("; ".join(refused))
         longest = max(len(t) for t in curves.values())
         if longest:
             lines = {k: np.r_[v, np.full(longest - len(v), v[-1] if len(v) else 0.0)] for k, v in curves.items()}
@@ -273,6 +283,8 @@ class Transfer:
             if (tall, wide) != (height, width) and self.plan.style_weight and self.style_refusal(max(tall, wide)):
                 continue
             small = resized(picture, tall, wide)
+            if (tall, wide) != (height, width) and unseen(ctx, small, [*self.layers, self.content]):
+                continue
             if image is not None:
                 image = resized(image, tall, wide)
             elif s.start == "content":
@@ -301,7 +313,8 @@ class Transfer:
             image = recoloured(image, picture)
         style, content = self._errors(image, picture)
         variation = float(o.total_variation().score({}, image)) * 100 / image.numel()
-        return Transferred(image, np.concatenate(traces), stages, content, style, variation, notes)
+        trace = np.concatenate(traces)
+        return Transferred(image, trace[np.isfinite(trace)], stages, content, style, variation, notes)
 
     def _descend(self, objective: Objective, start: Tensor, steps: int, draws: Any) -> Ascent:
         from harness import optimise as o
@@ -344,14 +357,17 @@ class Transfer:
         """Weighted means of the styles' Gram matrices, the style pictures' longer side being `side` times the plan's scale."""
         ctx, s = self.ctx, self.settings
         found: dict[str, Tensor] = {}
-        reason = self.style_refusal(side)
-        if reason:
-            raise ConfigError(f"{ctx.technique}.style: {reason}; raise style_scale or size")
         for share, picture in zip(self.shares(), self.styles, strict=True):
             image = tensor_of(ctx, picture, self.style_size(side))
             for layer, target in targets_of(ctx.model, image, layers, s.pooling).items():
                 found[layer] = found.get(layer, 0) + share * target
         return found
+
+    def check(self, side: int) -> None:
+        """Raises where the network cannot look at the styles at the full size."""
+        reason = self.style_refusal(side)
+        if reason:
+            raise ConfigError(f"{self.ctx.technique}.style: {reason}; raise style_scale or size")
 
     def style_size(self, side: int) -> int:
         return max(1, round(side * self.plan.style_scale))
@@ -405,28 +421,6 @@ class Transfer:
             style = o.style_error(self.style_targets(max(picture.shape[2:]), self.layers))
             content = o.content_error(self.content, features_of(ctx.model, picture, self.content, s.pooling))
             return float(o.evaluate(ctx.model, style, image, image)), float(o.evaluate(ctx.model, content, image, image))
-
-
-def flat(picture: Image.Image) -> bool:
-    """One colour everywhere?"""
-    extrema = picture.getextrema()
-    bands = extrema if isinstance(extrema[0], tuple) else (extrema,)
-    return all(low == high for low, high in bands)
-
-
-def refusal(ctx: Context, image: Tensor, layers: list[str]) -> str:
-    """Why a network cannot look at a picture of this size with these layers; empty where it can."""
-    import torch
-
-    try:
-        with torch.no_grad():
-            found = ctx.model.activations(image, list(dict.fromkeys(layers)))
-    except RuntimeError as error:
-        return f"the picture is too small for the layers: {str(error).splitlines()[0][:120]}"
-    for name, value in found.items():
-        if value.shape[2] * value.shape[3] < 4:
-            return f"the picture is smaller than what a position of {name} sees: it has {value.shape[2]} x {value.shape[3]} positions there"
-    return ""
 
 
 def padded(picture: Image.Image, height: int, width: int, like: Tensor) -> Tensor:

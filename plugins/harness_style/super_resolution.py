@@ -6,7 +6,7 @@ import numpy as np
 
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .pictures import eight_bits, tensor_of
+from .pictures import eight_bits, tensor_of, unseen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from harness.stylers import SuperResolutionNet
 
 FACTOR = 4
+JUDGED = 20  # pictures kept apart, spread evenly
+LEAST = 16  # pixels of a side of what is judged
 BETTER: dict[str, Literal["higher", "lower"]] = {"psnr": "higher", "ssim": "higher", "distance": "lower"}
 WAYS = ("bicubic", "pixels", "features")
 WORDS = {"bicubic": "bicubic", "pixels": "trained on pixels", "features": "trained on features"}
@@ -25,9 +27,10 @@ class SuperResolution(Technique):
     bicubic enlargement (Johnson et al. 2016, arXiv:1603.08155, sec. 4.2).
 
     Small pictures are the large ones blurred by a Gaussian of sigma 1 and reduced by bicubic interpolation, as in the paper. Both networks
-    are trained here alike, on crops of four fifths of the pictures, and judged on the others: they add what they have learnt to the
-    bicubic enlargement. PSNR and SSIM are scikit-image's. Large pictures are worked on in tiles that overlap by all that a pixel can
-    depend on, which changes nothing. Cost: `steps` passes of a small network, and of the model's first layers for one of the two.
+    are trained here alike, on crops of four fifths of the pictures, and judged on the others, at most 20 of them: they add what they
+    have learnt to the bicubic enlargement. PSNR and SSIM are scikit-image's. Large pictures are worked on in tiles that overlap by all
+    that a pixel can depend on, which changes nothing. Cost: `steps` passes of a small network, and of the model's first layers for one
+    of the two.
     """
 
     name = "super_resolution"
@@ -55,6 +58,8 @@ class SuperResolution(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
+        from harness import ConfigError
+        from harness.datasets import evenly
         from harness_synthesis.blocks import blocks
 
         if len(ctx.dataset) < 5:
@@ -63,18 +68,35 @@ class SuperResolution(Technique):
         layer = ctx.model.full_name(self.layer) if self.layer else every[min(1, len(every) - 1)]
         places = np.arange(len(ctx.dataset))
         train = ctx.dataset.select(indices=places[places % 5 != 4].tolist())
+        apart = places[places % 5 == 4]
+        judged, refused = [], []
+        for i in apart[evenly(JUDGED, len(apart))].tolist():  # before the training: a broken or thin picture is told at once
+            large = self._large(ctx, i)
+            height, width = large.shape[2:]
+            reason = f"{width} x {height} pixels are too few" if min(height, width) < LEAST else unseen(ctx, large, [layer])
+            if reason:
+                refused.append(f"{ctx.dataset.ids[i]}: {reason}")
+            else:
+                judged.append(i)
+        side = self.crop - self.crop % FACTOR
+        reason = unseen(ctx, torch.zeros((1, ctx.model.input.channels, side, side), device=ctx.device, dtype=ctx.model.dtype), [layer])
+        if reason or not judged:
+            raise NotApplicable(f"crops: {reason}" if reason else "; ".join(refused))
         nets, losses = {}, {}
         with torch.enable_grad():
             for loss in ("pixels", "features"):
                 nets[loss], losses[loss] = self._trained(ctx, train, layer, loss)
+                if not np.isfinite(losses[loss]).all():
+                    raise ConfigError(
+                        f"super_resolution.learning_rate: at {self.learning_rate:g} the loss stops being finite; use a smaller one"
+                    )
         artifacts: list[Any] = []
         rows: list[list[Any]] = []
         found: dict[str, dict[str, list[float]]] = {way: {"psnr": [], "ssim": [], "distance": []} for way in WAYS}
-        for number, i in enumerate(places[places % 5 == 4].tolist(), 1):
+        for number, i in enumerate(judged, 1):
             name = ctx.dataset.ids[i]
-            large = tensor_of(ctx, ctx.dataset.get(i), self.size)
-            height, width = (n - n % FACTOR for n in large.shape[2:])
-            large = large[..., :height, :width]
+            large = self._large(ctx, i)
+            height, width = large.shape[2:]
             small = degraded(large)
             made = {"bicubic": enlarged(small), **{k: tiled(net, small, self.tile) for k, net in nets.items()}}
             for way, picture in made.items():
@@ -104,8 +126,14 @@ class SuperResolution(Technique):
                 text = f"{about[key]}, {WORDS[way]}"
                 unit = "dB" if key == "psnr" else ""
                 metrics.append(Metric(f"{key}_{way}", float(np.mean(values)), unit, better, per_image=values, about=text))
-        notes = [f"trained on {len(train)} pictures, judged on {len(found['bicubic']['psnr'])} others; features of {layer}"]
+        notes = [f"trained on {len(train)} pictures, judged on {len(found['bicubic']['psnr'])} others; features of {layer}", *refused]
         return Result(artifacts, metrics, notes)
+
+    def _large(self, ctx: Context, i: int) -> Tensor:
+        """A picture at the size that is judged, its sides multiples of four."""
+        large = tensor_of(ctx, ctx.dataset.get(i), self.size)
+        height, width = (n - n % FACTOR for n in large.shape[2:])
+        return large[..., :height, :width]
 
     def _trained(self, ctx: Context, data: Any, layer: str, loss: str) -> tuple[SuperResolutionNet, list[float]]:
         import torch

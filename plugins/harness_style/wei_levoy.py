@@ -114,6 +114,16 @@ def synthesise(
     return Synthesis(made[-1], made, cost, seconds, building)
 
 
+COPIES = 4  # of the sample's neighbourhoods at once: they, the tree's, and the two that are parted
+
+
+def memory(sample: tuple[int, ...], height: int, width: int, size: int, levels: int) -> int:
+    """About how many bytes `synthesise` needs at once, for a sample (h, w, C)."""
+    near, below = len(causal(size)), len(square(size // 2 | 1)) if levels > 1 else 0
+    length = (near + below) * sample[2]
+    return 4 * length * COPIES * sample[0] * sample[1] + height * width * (4 * length + 8 * near + 4 * below * sample[2])
+
+
 def _continued(near: Sequence[tuple[int, int]], places: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """(B,) which of the neighbours `near` touch a pixel; (N, B) which row of the sample's vectors, at `places` (N,), stands to each row as
     the pixel to that neighbour, or -1."""
@@ -181,9 +191,10 @@ def _neighbourhoods(
         inside = (y // 2 >= half) & (y // 2 < coarser.shape[0] - half) & (x // 2 >= half) & (x // 2 < coarser.shape[1] - half)
         y, x = y[inside], x[inside]
     y, x = y.ravel(), x.ravel()
-    parts = [source[y + dy, x + dx] for dy, dx in near]
+    vectors = np.empty((len(y), len(near) + (0 if coarser is None else len(below)), colours), np.float32)
+    for k, (dy, dx) in enumerate(near):
+        vectors[:, k] = source[y + dy, x + dx]
     if coarser is not None:
-        parts += [coarser[y // 2 + dy, x // 2 + dx] for dy, dx in below]
-    vectors = np.stack(parts, 1).reshape(len(y), -1).astype(np.float32)
-    assert vectors.shape[1] == (len(near) + len(below)) * colours
-    return y * columns + x, vectors
+        for k, (dy, dx) in enumerate(below, len(near)):
+            vectors[:, k] = coarser[y // 2 + dy, x // 2 + dx]
+    return y * columns + x, vectors.reshape(len(y), -1)

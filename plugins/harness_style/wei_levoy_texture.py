@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from harness import Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
+from harness import ConfigError, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .pictures import eight_bits
-from .wei_levoy import Search, synthesise
+from .pictures import eight_bits, read_all
+from .wei_levoy import Search, memory, synthesise
 
 if TYPE_CHECKING:
     from harness import Context
@@ -50,6 +50,7 @@ class WeiLevoyTexture(Technique):
         import torch
 
         from harness.datasets import at_size
+        from harness.device import physical_memory
 
         searches: tuple[Search, ...] = ("tsvq", "exhaustive") if self.compare else (self.search,)
         window = self.window + 1 - self.window % 2
@@ -58,6 +59,7 @@ class WeiLevoyTexture(Technique):
         costs: list[float] = []
         notes: list[str] = []
         refused: list[str] = []
+        read_all(ctx)
         for number, name in enumerate(ctx.ids, 1):
             picture = ctx.dataset.get(number - 1)
             pixels = at_size(picture, min(self.sample_size, max(picture.size)), 3 if picture.mode == "RGB" else 1)
@@ -69,6 +71,12 @@ class WeiLevoyTexture(Technique):
                 size = f"{sample.shape[1]} x {sample.shape[0]}"
                 refused.append(f"{name}: a sample of {size} pixels holds too few windows of {window}; use a smaller window")
                 continue
+            needed, there = memory(sample.shape, self.size, self.size, window, levels), physical_memory()
+            if needed > there:
+                raise ConfigError(
+                    f"wei_levoy_texture.sample_size: windows of {window} of {name}, {sample.shape[1]} x {sample.shape[0]}, need about "
+                    f"{needed / 2**30:.0f} GB of memory, and there are {there / 2**30:.0f}; use a smaller sample_size, window or size"
+                )
             if levels < self.levels:
                 notes.append(f"{name}: {levels} levels, as the sample is small")
             sheet = [eight_bits(torch.from_numpy(sample).permute(2, 0, 1)[None])]

@@ -74,6 +74,11 @@ def refuses(model: LoadedModel, side: int, layer: str = "") -> str:
     return ""
 
 
+def in_a_name(layer: str) -> str:
+    """A layer's name as a part of an artifact's, in which no '#' may stand: that of a call is 'relu-2' for 'relu#2'."""
+    return layer.replace("#", "-")
+
+
 def place(model: LoadedModel, layer: str) -> float:
     """How deep a layer lies, from 0 to 1: its number among the layers with weights, pooling or activations of a forward pass."""
     names = [name for name, _ in model.calls]

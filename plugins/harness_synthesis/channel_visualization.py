@@ -9,7 +9,7 @@ from pydantic import model_validator
 from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique, Use
 from harness.datasets import evenly
 
-from .blocks import refuses, spread_layers
+from .blocks import in_a_name, refuses, spread_layers
 from .climb import CONVERGED, GO_ON, PROGRESS, check_go_on, earlier, go_on, mean_picture, state_of, strip
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ class ChannelVisualization(Technique):
             captions += [f"{layer}: {n}" if i == 0 else n for i, n in enumerate(names)]
             if len(made.scores) and bool(torch.isfinite(made.scores).all()):
                 lines[layer] = made.scores.mean(1)
-            strips += strip(f"progress-{layer}", made, None, [f"{layer}, {names[0]}"], exact=side < 64)
-            states += state_of(made, f"state-{layer}")
+            strips += strip(f"progress-{in_a_name(layer)}", made, None, [f"{layer}, {names[0]}"], exact=side < 64)
+            states += state_of(made, f"state-{in_a_name(layer)}")
             notes += [f"{layer}, {names[i]}: the score stopped being finite; the last good picture is shown" for i in made.stopped]
         longest = max((len(line) for line in lines.values()), default=0)
         lines = {layer: torch.cat([line, line[-1:].expand(longest - len(line))]) for layer, line in lines.items()}
@@ -134,7 +134,7 @@ class ChannelVisualization(Technique):
             weights = drawn / drawn.norm(dim=1, keepdim=True)
         else:
             weights = torch.nn.functional.one_hot(torch.tensor(channels, device=ctx.device), total).to(model.dtype)
-        begin = go_on(ctx, f"state-{layer}")
+        begin = go_on(ctx, f"state-{in_a_name(layer)}")
 
         def some(rows: slice) -> Ascent:
             draws = ctx.draws([f"{layer} {self.unit} {c}" for c in channels[rows]], stream="start")

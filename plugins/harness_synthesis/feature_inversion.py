@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from harness import ConfigError, Curve, Images, Metric, Paper, Param, Result, Table, Technique
 
-from .blocks import place, spread_layers
+from .blocks import in_a_name, place, spread_layers
 from .climb import CONVERGED, GO_ON, PROGRESS, SCHEDULE, check_go_on, earlier, go_on, mean_picture, state_of, strip
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ class FeatureInversion(Technique):
         names = [ctx.ids[i] if k == 0 else layers[k - 1] for i in range(len(ctx.images)) for k in range(len(layers) + 1)]
         artifacts: list[Any] = [Images("inversions", grid, captions=names, columns=len(layers) + 1, exact=small)]
         for layer, m in made.items():
-            artifacts += strip(f"progress-{layer}", m, None, [ctx.ids[0]], exact=small, caption=f"{layer}, step by step.")
+            artifacts += strip(f"progress-{in_a_name(layer)}", m, None, [ctx.ids[0]], exact=small, caption=f"{layer}, step by step.")
         lines = {layer: -m.scores.mean(1) for layer, m in made.items() if len(m.scores) and bool(torch.isfinite(m.scores).all())}
         if lines:
             longest = max(len(v) for v in lines.values())
             lines = {n: torch.cat([v, v[-1:].expand(longest - len(v))]) for n, v in lines.items()}
             artifacts.append(Curve("objective", range(1, longest + 1), lines, "step", "error and penalties", log_y=True))
         artifacts.append(Table("layers", ["layer", "shape", "values", "error", "PSNR (dB)", "SSIM"], self._rows(ctx, errors, psnr, ssim)))
-        artifacts += [a for layer, m in made.items() for a in state_of(m, f"state-{layer}")]
+        artifacts += [a for layer, m in made.items() for a in state_of(m, f"state-{in_a_name(layer)}")]
         return Result(artifacts, self._metrics(layers, errors, psnr, ssim), self._notes(ctx, made))
 
     def _rows(self, ctx: Context, errors: dict[str, Tensor], psnr: dict[str, np.ndarray], ssim: dict[str, np.ndarray]) -> list[list[Any]]:
@@ -146,7 +146,7 @@ class FeatureInversion(Technique):
         centre = mean_picture(model, *images.shape[2:])
         norm = NATURAL_RMS**2 * images[0].numel()  # the squared norm of a natural picture
         weight = released_tv(place(model, layer), min(images.shape[2:]), self.beta) if self.tv is None else self.tv
-        begin = go_on(ctx, f"state-{layer}")
+        begin = go_on(ctx, f"state-{in_a_name(layer)}")
 
         def some(rows: slice) -> tuple[Ascent, Tensor]:
             with torch.no_grad():

@@ -567,6 +567,9 @@ def test_a_style_of_ones_own(cli, tmp_path):
     cli(*slow, "-p", "style=painting.png")
     assert "reused" in cli(*slow, "-p", "style=painting.png")[1]
     Image.new("RGB", (48, 48), "red").save(tmp_path / "painting.png")
-    assert "reused" not in cli(*run, "-t", "fast_style_transfer", "-p", "size=48", "-p", "steps=2")[1]
+    fast = [*run, "-t", "fast_style_transfer", "-p", "size=48", "-p", "steps=2"]
+    assert "reused" in cli(*fast)[1]  # what it was trained on has been kept beside it
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "made" / "mine-style-0.png")
+    assert "reused" not in cli(*fast)[1]
     assert "reused" not in cli(*slow, "-p", "style=painting.png")[1]
     assert "there is no file 'none.png'" in cli(*slow, "-p", "style=none.png", code=2)[1]

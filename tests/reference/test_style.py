@@ -766,7 +766,7 @@ def test_crops_show_the_share_of_the_picture_that_is_asked_for(height, width, re
     assert parts.min() == pytest.approx(0.6, abs=0.06) and parts.max() == pytest.approx(1.0, abs=0.06)
 
 
-def test_a_training_by_another_picture_of_the_same_name_begins_anew(registry, tmp_path, monkeypatch):
+def test_a_training_by_another_picture_of_the_same_name_is_another(registry, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "SAVED", 4)
     style = tmp_path / "style.png"
 
@@ -787,6 +787,9 @@ def test_a_training_by_another_picture_of_the_same_name_begins_anew(registry, tm
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3)).astype(np.uint8)).save(style)
     assert steps(stop=5)[-1] == 5
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (60, 60, 3)).astype(np.uint8)).save(style)
+    with pytest.raises(ConfigError, match="steps of another training"):
+        steps()
+    (tmp_path / "out" / "a.state.safetensors").unlink()
     assert steps(stop=5) == [1, 2, 3, 4, 5]
     assert steps() == [5, 6, 7, 8]  # the same picture: taken up
 
