@@ -1,5 +1,5 @@
 # make audit   set up, then audit squeezenet1_1 on imagenet_samples: out/audit-squeezenet1_1/report.html, .pdf, .json
-# make test    set up, then run the tests
+# make test    set up, then run all tests; a bare `pytest -n 2` leaves out the slow ones
 # make check   format, lint, types, generated docs
 # make docs    write docs/techniques.md and docs/cli.md anew
 # make bench   timings and peak memory as ratios; takes about ten minutes
@@ -14,7 +14,7 @@ audit: .venv/ready
 		-p 'class_visualization.classes=[flamingo, tarantula, dalmatian, ostrich]'
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest tests -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest tests -m "" -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 check: .venv/ready-dev
 	$(BIN)/ruff format --check .

@@ -87,6 +87,7 @@ def test_the_example_has_every_kind():
     assert {a.kind for a in artifacts()} == set(KINDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RENDERERS)
 def test_the_same_runs_give_the_same_bytes(name, report, plugins, tmp_path):
     first, second = (plugins.get("renderers", name).render(report, tmp_path / sub).read_bytes() for sub in ("a", "b"))
@@ -104,6 +105,7 @@ def test_a_folder_that_cannot_be_written_gets_no_half_report(name, report, plugi
     assert (tmp_path / "file").read_text() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RENDERERS)
 def test_a_full_disk_leaves_no_half_report(name, report, plugins, tmp_path, monkeypatch):
     import errno
@@ -143,6 +145,7 @@ def test_every_picture_in_the_html_has_a_text_and_a_size(report, plugins, tmp_pa
     assert all('alt="' in p and 'alt=""' not in p for p in pictures)
 
 
+@pytest.mark.slow
 def test_pdf_is_tagged_and_holds_the_text(report, plugins, tmp_path):
     from pypdf import PdfReader
 
@@ -229,6 +232,7 @@ def test_an_artifact_that_cannot_be_drawn_costs_only_itself(report, plugins, tmp
     assert "first 25 of 100 rows" in text
 
 
+@pytest.mark.slow
 def test_the_pdf_process_imports_nothing_from_the_users_folder(report, plugins, tmp_path, monkeypatch):
     (tmp_path / "weasyprint.py").write_text("raise SystemExit('imported from the current folder')")
     (tmp_path / "logging.py").write_text("raise SystemExit('imported from the current folder')")

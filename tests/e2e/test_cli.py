@@ -346,6 +346,7 @@ limit: 12
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(cli, tmp_path, own_state, empty_store, monkeypatch):
     """kill -9, start again: finished runs are not repeated, and the result is that of an undisturbed run."""
     (tmp_path / "k.yaml").write_text(KILLED)

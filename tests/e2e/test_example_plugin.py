@@ -30,6 +30,7 @@ def harness(*words, env, cwd):
     return subprocess.run([sys.executable, "-m", "harness", *words], env=env, cwd=cwd, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_it_is_found_checked_run_and_reported(installed, tmp_path):
     assert "noisy_gradient" in harness("techniques", env=installed, cwd=tmp_path).stdout
     checked = harness("plugin", "check", "harness-example-plugin", env=installed, cwd=tmp_path)
@@ -48,12 +49,14 @@ def test_it_is_found_checked_run_and_reported(installed, tmp_path):
     assert "harness-example-plugin 0.1.0" in (tmp_path / "out/audit-digits_cnn/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(installed, tmp_path):
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "examples/harness-example-plugin/tests")]
     done = subprocess.run(words, env=installed, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_a_broken_package_stops_nothing_else(installed, tmp_path):
     info = tmp_path / "site" / "broken-2.0.dist-info"
     info.mkdir()
@@ -71,6 +74,7 @@ def test_a_broken_package_stops_nothing_else(installed, tmp_path):
     assert "may belong to what failed to load" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_two_packages_with_one_name_are_both_named(installed, tmp_path):
     info = tmp_path / "site" / "double-2.0.dist-info"
     info.mkdir()

@@ -41,6 +41,7 @@ def test_it_holds_what_is_needed_and_no_more(unpacked):
     assert sum((unpacked / f).stat().st_size for f in files) < 6_500_000  # two networks of styles are 3.4 MB of it
 
 
+@pytest.mark.slow
 def test_it_audits_from_another_folder(unpacked, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
 

@@ -512,6 +512,7 @@ def test_networks_trained_on_attacks_bear_them(registry, digits_cnn, digits):
     assert robust["digits_cnn_pgd"] > 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_training_answers_the_four_questions(registry, digits_cnn):
     data = load_dataset("digits", registry).select(600)

@@ -216,6 +216,7 @@ def test_what_cannot_be_attacked(digits_cnn, registry):
 # -- fooling pictures ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_sample_becomes_a_koala(squeezenet, registry):
     data = load_dataset("imagenet_samples", registry)

@@ -82,6 +82,7 @@ def test_codes_stay_in_their_range_and_the_generator_is_left_as_it_was(digits_cn
     assert all(torch.equal(v, before[k]) for k, v in generator.module.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["auto", "prior"])
 def test_a_second_network_names_the_class_more_often_than_by_pixels(kind, digits_cnn, digits):
     found = [run_once(DeepGenerator(count=10, generator=kind, judge="digits_resnet"), digits_cnn, digits, seed=s) for s in range(3)]
@@ -139,6 +140,7 @@ def recipe(**more):
     return made
 
 
+@pytest.mark.slow
 def test_a_generator_learns_to_invert(tmp_path, registry):
     path, card = train_generator("mine", recipe(epochs=6), registry, tmp_path, "cpu")
     pixel, feature = card["losses"]["pixel"], card["losses"]["feature"]

@@ -125,6 +125,7 @@ def test_measures_are_scikit_images():
     assert signal_to_noise(a, a).tolist() == [100, 100]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_first_relu_gives_the_photograph_back_and_deeper_layers_less(squeezenet, registry):
     """On a real network: over 40 dB at the first ReLU, then less with depth, while each meets its features far better than noise."""

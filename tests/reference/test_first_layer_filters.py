@@ -75,6 +75,7 @@ def test_first_layers_of_the_registrys_models(name, shape, registry, monkeypatch
     assert len(artifacts["kinds"].rows) == shape[0]
 
 
+@pytest.mark.slow
 def test_only_some_filters_are_fitted_and_said():
     from harness_weights import first_layer_filters
 

@@ -105,6 +105,7 @@ def test_crops_are_drawn_about_the_middle_and_steps_reach_them_alone():
     assert torch.equal(o.Focus(0.25)(x, draws), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["digits_cnn", "digits_resnet"])
 def test_facets_differ_more_than_random_starts(model, registry, digits):
     from harness.models import load_model

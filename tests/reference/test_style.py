@@ -141,6 +141,7 @@ def test_the_slopes_of_several_layers_are_those_of_the_sums_written_out(form):
     torch.testing.assert_close(*slopes, rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_layers_are_chosen_whose_gram_matrices_cost_little(squeezenet, registry):
     """Multiplications of all Gram matrices, as a share of those of the convolutions down to the deepest layer."""
     for model in (squeezenet, load_model("resnet18@random", registry), load_model("vgg19@random", registry)):
@@ -853,6 +854,7 @@ def test_shipped_networks_are_their_recipes(name, registry):
     assert StylerRecipe(**card["recipe"]).model_dump() == registry.styler_recipes[name].model_dump()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_fast_is_worth_fifty_steps_of_the_slow_descent_from_noise(squeezenet, photos):
     """The paper finds its networks worth 50 to 100 steps of L-BFGS from noise."""
@@ -880,6 +882,7 @@ def test_the_network_that_comes_along_carries_its_style(squeezenet, registry, ph
     assert any("over that of one pass" in note for note in result.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("compare", ["norm", "loss"])
 def test_norms_and_losses_are_compared(compare, squeezenet, photos):
@@ -928,6 +931,7 @@ def test_tiles_change_nothing():
     assert SuperResolutionNet()(x).sub(nn.functional.interpolate(x, scale_factor=4.0, mode="bicubic", align_corners=False)).abs().max() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_pixels_win_on_pixels_and_features_on_features(squeezenet, registry):
     data = load_dataset("more_photos", registry)
