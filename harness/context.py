@@ -243,6 +243,16 @@ class Context:
                 found[label] = torch.from_numpy(_attribution(label, artifacts, name)).to(self.device)
         return found
 
+    def needed_attributions(self) -> dict[str, Tensor]:
+        """`attributions()`, where there must be one: NotApplicable with the reasons of all that are missing. A target that names nothing
+        is told first, as it is why there is none."""
+        _ = self.target
+        found = self.attributions()
+        if not found:
+            reasons = "".join(f"; {label}: {why}" for label, why in self.missing.items())
+            raise NotApplicable(f"needs a technique that gives maps of these pictures; none has a result{reasons}")
+        return found
+
     def again(
         self,
         label: str,

@@ -231,7 +231,7 @@ def _hash_files(paths: Sequence[Path], extra: Sequence[str]) -> str:
 def _from_files(
     name: str, root: Path, paths: Sequence[Path], labels: Sequence[int] | None, classes: tuple[str, ...], **more: Any
 ) -> Dataset:
-    ids = [os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace") for path in paths]
+    ids = [shown_name(path.relative_to(root).as_posix()) for path in paths]
     marks = [f"{i}\0{'' if labels is None else labels[n]}" for n, i in enumerate(ids)]
     return Dataset(
         name=name,
@@ -244,17 +244,41 @@ def _from_files(
     )
 
 
+def shown_name(name: str) -> str:
+    """A file's name as it can be stored and printed: bytes that are not UTF-8 as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def pictures_in(root: Path) -> list[Path]:
+    """The picture files in a folder and the folders in it, links to folders followed, sorted; what begins with a dot is left out."""
+    found: list[Path] = []
+    above: dict[str, set[str]] = {}  # real places of a folder and of those it was reached by
+
+    def told(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}; a folder that cannot be read would be missing without a word") from None
+
+    for place, folders, files in os.walk(root, onerror=told, followlinks=True):
+        real, before = os.path.realpath(place), above.get(os.path.dirname(place), set())
+        if real in before:  # a link to a folder above it has no end
+            folders.clear()
+            continue
+        above[place] = before | {real}
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        here = (Path(place) / name for name in files if not name.startswith("."))
+        found += [p for p in here if p.suffix.lower() in SUFFIXES and p.is_file()]
+    return sorted(found)
+
+
 def image_folder(rest: str, name: str, entry: DatasetEntry) -> Dataset:
     """A folder of images: one subfolder a class, or all in one folder without labels."""
     root = Path(rest).expanduser()
     root = root if root.is_absolute() else entry.folder / root
     if not root.is_dir():
         raise DataError(f"{entry.where}: dataset {name!r}: there is no folder {root}")
-    every = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    paths = [p for p in every if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    paths = pictures_in(root)
     if not paths:
         raise DataError(f"dataset {name!r}: no pictures in {root} (looked for {', '.join(sorted(SUFFIXES))})")
-    groups = [p.relative_to(root).parts[0] if p.parent != root else "" for p in paths]
+    groups = [shown_name(p.relative_to(root).parts[0]) if p.parent != root else "" for p in paths]
     if entry.unlabelled or not all(groups):
         loose = [path.name for path, group in zip(paths, groups, strict=True) if not group]
         remark = ""
@@ -283,7 +307,7 @@ def with_masks(dataset: Dataset, entry: DatasetEntry) -> Dataset:
     root = entry.folder / Path(entry.masks).expanduser()
     if not root.is_dir():
         raise DataError(f"{entry.where}: dataset {dataset.name!r}: there is no folder of masks {root}")
-    there = {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES}
+    there = {shown_name(p.relative_to(root).with_suffix("").as_posix()): p for p in pictures_in(root)}
     paths = [there.get(Path(i).with_suffix("").as_posix()) for i in dataset.ids]
     if not any(paths):
         raise DataError(

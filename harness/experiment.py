@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from . import yamlfile
 from .errors import ConfigError, RegistryError
@@ -107,6 +107,12 @@ class _File(BaseModel):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     max_batch: Count = 32
 
+    @model_validator(mode="after")
+    def _one_choice(self) -> _File:
+        if self.limit is not None and self.select is not None:
+            raise ValueError("limit and select both choose pictures; give one of them")
+        return self
+
 
 def sweeps(params: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every combination of the values given as {sweep: [...]}."""
@@ -184,6 +190,9 @@ def load_experiment(path: Path, plugins: Plugins, **override: Any) -> Experiment
         "precision": file.precision,
         "max_batch": file.max_batch,
     }
+    for one, other in (("limit", "select"), ("select", "limit")):  # what the command line chooses takes the place of the file's choice
+        if override.get(one) is not None:
+            common[other] = None
     common |= {k: v for k, v in override.items() if v is not None}
     seeds = [common.pop("seed")] if "seed" in common else file.seeds
     runs = expand(plugins, file.models, file.datasets, techniques, seeds, **common)

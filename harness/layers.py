@@ -96,6 +96,16 @@ def _module_field(module: nn.Module, x: Field) -> Field | None:
     return x if isinstance(module, _POINTWISE) or type(module).__module__ == "torch.nn.modules.activation" else None
 
 
+def _adaptive(x: Field, before: tuple[int, ...], after: tuple[int, ...]) -> Field | None:
+    """Of adaptive pooling between known sizes: nothing changes, windows without overlap, everything; None where windows differ."""
+    if before == after or x.whole:
+        return x
+    if after == (1, 1):
+        return GLOBAL
+    steps = {a // b for a, b in zip(before, after, strict=True)} if all(a % b == 0 for a, b in zip(before, after, strict=True)) else set()
+    return x.window(steps.copy().pop(), steps.pop(), 0, 1) if len(steps) == 1 else None
+
+
 def _join(fields: list[Field]) -> Field | None:
     if any(f.whole for f in fields):
         return GLOBAL if all(f.whole for f in fields) else _widest([f for f in fields if not f.whole])
@@ -156,6 +166,9 @@ def receptive_fields(module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | 
                     shape = (shapes or {}).get(str(node.target), ())
                     if isinstance(inner, nn.Linear) and len(shape) == 4 and not inputs[0].whole:
                         value = inputs[0]
+                    before = (shapes or {}).get(str(node.all_input_nodes[0].target), ())
+                    if isinstance(inner, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d) and len(shape) == len(before) == 4:
+                        value = _adaptive(inputs[0], before[2:], shape[2:])
                 else:
                     value = _function_field(node, inputs)
         fields[node] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,19 @@ def writing(path: Path) -> Iterator[Path]:
     finally:
         if handle >= 0:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `path` when the block ends well; a half-made one is never there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as room:
+        made = Path(room) / "whole"
+        made.mkdir()
+        yield made
+        if path.exists():
+            shutil.rmtree(path)
+        made.rename(path)
 
 
 def _umask() -> int:

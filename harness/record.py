@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from . import artifacts
 from .errors import HarnessError, StorageError
@@ -85,6 +85,12 @@ class ErrorFacts(_Part):
     message: str
     traceback: str = ""
     bad_input: bool = False
+
+    @field_validator("message", "traceback", mode="before")
+    @classmethod
+    def _storable(cls, text: str) -> str:
+        """File names that are not UTF-8 stand in messages, and text that is stored must be."""
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Record(_Part):
@@ -167,8 +173,8 @@ class ReportInput:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As given: the order of keys is part of what a report prints."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """As given: the order of keys is part of what a report prints. Parts of file names that are not UTF-8 are written as \\udcNN."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_record(folder: Path) -> StoredRun:

@@ -123,6 +123,7 @@ class Runner:
         self._selected: dict[tuple[Any, ...], Dataset] = {}
         self._hashes: dict[str, str] = {}
         self._further_hashes: dict[tuple[str, str], str] = {}
+        self._codes: dict[tuple[str, Path], str] = {}
         self._obtained: set[str] = set()  # keys that this runner has computed or found
         self._model: tuple[tuple[str, str], LoadedModel] | None = None
 
@@ -151,7 +152,7 @@ class Runner:
             "model": [entry.builder, entry.args, self._hashes[spec.model], entry.input.model_dump(mode="json"), entry.classes],
             "convert": entry.convert,
             # A user's own code may change without its name changing.
-            "code": [code_hash(reference, entry.folder) for reference in (entry.builder, entry.convert, getattr(technique, "target", ""))],
+            "code": [self._code(reference, entry.folder) for reference in (entry.builder, entry.convert, getattr(technique, "target", ""))],
             "dataset": _data(dataset) if dataset else None,
             # A record says what a model and a dataset are called, so that a report can name them and give the command.
             "names": [spec.model, spec.dataset],
@@ -178,7 +179,7 @@ class Runner:
         for kind, name, entry in (*generators, *stylers, *models):
             if (kind, name) not in self._further_hashes:
                 self._further_hashes[kind, name] = weights_hash(name, entry)
-            code = [code_hash(reference, entry.folder) for reference in (entry.builder, entry.convert)]
+            code = [self._code(reference, entry.folder) for reference in (entry.builder, entry.convert)]
             facts = entry.model_dump(mode="json", exclude={"description", "license", "source_url", "file", "recipe", "weights", "sha256"})
             found.append([kind, name, facts, code, self._further_hashes[kind, name]])
         found += [["dataset", name, *_data(self._dataset(name))] for name in wanted.datasets]
@@ -189,6 +190,14 @@ class Runner:
                 found.append(["styler_recipe", name, recipe.model_dump(mode="json", exclude={"description"})])
                 found += [self._picture(technique.name, style, recipe.folder) for style in recipe.styles]
         return found
+
+    def _code(self, reference: Any, folder: Path) -> str:
+        """`code_hash`, once for all runs: a package has thousands of files."""
+        if not isinstance(reference, str):
+            return ""
+        if (reference, folder) not in self._codes:
+            self._codes[reference, folder] = code_hash(reference, folder)
+        return self._codes[reference, folder]
 
     def _picture(self, technique: str, name: str, folder: Path = Path()) -> list[Any]:
         place = picture_place(name)
@@ -230,7 +239,12 @@ class Runner:
         outcomes: dict[int, Outcome] = {}
         for number, i in enumerate(order, 1):
             plan = planned[i]
-            outcomes[i] = self._one(plan, number, len(planned)) if isinstance(plan, Planned) else self._lost(experiment.runs[i], plan)
+            if isinstance(plan, Planned):
+                outcomes[i] = self._one(plan, number, len(planned))
+            else:
+                self.watch(Event("start", experiment.runs[i], number, len(planned)))
+                outcomes[i] = self._lost(experiment.runs[i], plan)
+                self.watch(Event("end", experiment.runs[i], number, len(planned), outcome=outcomes[i]))
         runs = [outcomes[i].run for i in range(len(planned))]
         self._tell("harness_experiment_finished", runs=runs)
         for problem in self.session.spool.unreadable:
@@ -246,10 +260,11 @@ class Runner:
             try:
                 planned.append(lost[spec.model] if spec.model in lost else self.plan(spec))
             except WeightsError as error:
-                lost[spec.model] = error
+                if spec.model not in self._hashes:  # its own weights, and not those of another network that a technique names
+                    lost[spec.model] = error
                 planned.append(error)
-        if lost and all(isinstance(plan, WeightsError) for plan in planned):
-            raise next(iter(lost.values()))
+        if planned and all(isinstance(plan, WeightsError) for plan in planned):
+            raise next(plan for plan in planned if isinstance(plan, WeightsError))
         return planned
 
     def _lost(self, spec: RunSpec, error: WeightsError) -> Outcome:
@@ -266,7 +281,13 @@ class Runner:
             registries=list(self.session.registries),
             technique=self._technique_facts(technique),
             params=technique.key_params(),
-            model=ModelFacts(name=spec.model, builder=entry.builder, weights="absent", source=entry.weights, license=entry.license),
+            model=ModelFacts(
+                name=spec.model,
+                builder=entry.builder,
+                weights=self._hashes.get(spec.model, "absent"),
+                source=entry.weights,
+                license=entry.license,
+            ),
             seed=spec.seed,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
@@ -366,7 +387,10 @@ class Runner:
         device = device_kind(spec.device)
         if self._model is None or self._model[0] != (spec.model, device):
             self._model = None  # two large models need not fit side by side
-            self._model = ((spec.model, device), load_model(spec.model, self.registry, device))
+            model = load_model(spec.model, self.registry, device)
+            if model.weights != self._hashes.get(spec.model, model.weights):
+                raise ConfigError(f"weights of {spec.model!r} changed while the experiment ran; run it again when nothing writes to them")
+            self._model = ((spec.model, device), model)
         return self._model[1]
 
     def _compute(self, plan: Planned, used: Mapping[str, Outcome], progress: Callable[[str, int, int], None]) -> tuple[Record, Result]:
@@ -383,7 +407,10 @@ class Runner:
                 broken = next((u for label, u in absent.items() if label not in optional), None)
                 if broken is not None:
                     problem = _reason(broken.run.record)
-                    kind = NotApplicable if broken.run.record.status == "not_applicable" else HarnessError
+                    fault = broken.run.record.error
+                    kind: type[HarnessError] = ConfigError if fault is not None and fault.bad_input else HarnessError
+                    if broken.run.record.status == "not_applicable":
+                        kind = NotApplicable
                     raise kind(f"{broken.spec.technique}, which it builds on, has no result: {problem}")
                 model = self._loaded(spec)
                 class_count = len(model.classes)

@@ -6,6 +6,7 @@
     neuron:NAME:C,Y,X (or C for a vector)                  one unit of a layer
     path.to:function                                       function(logits (n, K)) -> (n,)
 
+Channels come first in these names also where the layer gives them last, as those of Swin, ConvNeXt and ViT do (a token has one place).
 A list gives each picture its own class, or its own channel or neuron of one layer.
 """
 
@@ -38,6 +39,7 @@ class Target:
     unit: tuple[int, ...] = ()  # () whole layer, (C,) channel, (C, Y, X) neuron
     units: Tensor | None = None  # (N, 1 or 3) one `unit` for each picture
     single: bool = False  # `unit` names one unit, not a channel
+    behind: bool = False  # the layer gives positions before channels, as (N, H, W, C) or (N, tokens, C)
     function: Callable[[Tensor], Tensor] | None = None
 
     def output(self, model: LoadedModel, images: Tensor) -> Tensor:
@@ -50,6 +52,8 @@ class Target:
             return self.function(output)
         if self.classes is not None:
             return output.gather(1, self.classes[rows].unsqueeze(1)).squeeze(1)
+        if self.behind:
+            output = output.movedim(-1, 1)
         if self.units is not None:
             mine = self.units[rows]
             picked = output[(torch.arange(len(output), device=output.device), *mine.unbind(1))]  # (n,) or (n, ...)
@@ -66,7 +70,8 @@ class Target:
         """(n,) softmax probability of the class, or None where the target is not a class."""
         if self.classes is None:
             return None
-        return output.softmax(1).gather(1, self.classes[rows].unsqueeze(1)).squeeze(1)
+        chances = output.softmax(1) if output.shape[1] > 1 else output.sigmoid()  # of one score, what two-class networks mean by it
+        return chances.gather(1, self.classes[rows].unsqueeze(1)).squeeze(1)
 
 
 def resolve(
@@ -85,6 +90,8 @@ def resolve(
         return _classes(model, [_class(s, model, predicted, labels, i) for i, s in enumerate(spec)])
     text = str(spec)
     kind, _, rest = text.partition(":")
+    if text in ("predicted", "labelled"):
+        _ = model.class_count  # NotApplicable where there are no class scores
     if text == "predicted":
         return _classes(model, predicted())
     if text == "labelled":
@@ -114,7 +121,7 @@ def _units(specs: Sequence[str | int], model: LoadedModel) -> Target:
     if len({model.full_name(str(t.layer)) for t in found}) > 1:
         raise ConfigError(f"target: the {kind}s of a list lie in one layer, not in {' and '.join(sorted({str(t.layer) for t in found}))}")
     units = torch.tensor([t.unit for t in found], dtype=torch.int64, device=model.device)
-    return Target(tuple(t.labels[0] for t in found), layer=found[0].layer, units=units, single=kind == "neuron")
+    return Target(tuple(t.labels[0] for t in found), layer=found[0].layer, units=units, single=kind == "neuron", behind=found[0].behind)
 
 
 def _class(spec: str | int, model: LoadedModel, predicted: Callable[[], Tensor], labels: Tensor | None, i: int) -> int:
@@ -137,6 +144,9 @@ def _inner(kind: str, rest: str, model: LoadedModel, count: int) -> Target:
     if kind != "layer" and not (layer and place):
         raise ConfigError(f"target '{kind}:{rest}': write {kind}:LAYER:{'C' if kind == 'channel' else 'C,Y,X'}")
     shape = model.layer_shape(layer)
+    behind = kind != "layer" and (len(shape) == 2 or model.full_name(layer) in model.channels_behind)
+    if behind:
+        shape = (shape[-1], *shape[:-1])
     try:
         unit = tuple(int(p) for p in place.split(",")) if place else ()
     except ValueError:
@@ -146,7 +156,7 @@ def _inner(kind: str, rest: str, model: LoadedModel, count: int) -> Target:
         raise ConfigError(f"target 'channel:{rest}': layer {layer!r} is a vector; write neuron:{layer}:C")
     if len(unit) != wanted or any(not 0 <= u < n for u, n in zip(unit, shape, strict=False)):
         raise ConfigError(f"target '{kind}:{rest}': layer {layer!r} has shape {' x '.join(map(str, shape))}, counted from 0")
-    return Target((f"{kind} {rest}",) * count, layer=layer, unit=unit, single=kind == "neuron")
+    return Target((f"{kind} {rest}",) * count, layer=layer, unit=unit, single=kind == "neuron", behind=behind)
 
 
 def _function(path: str, count: int) -> Target:

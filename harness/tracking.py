@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 from .errors import ConfigError, StorageError, TrackingError
 from .hookspecs import hookimpl
-from .paths import inside
+from .paths import inside, whole_folder
 from .record import RECORD, Manifest, Record, StoredRun, flat, read_record, write_json
 
 if TYPE_CHECKING:
@@ -185,7 +185,8 @@ class Tracker:
         if local is None:
             # What a server took is kept here as well: the report that follows need not fetch it again.
             local = inside(self.root / "fetched", record.run_id)
-            shutil.copytree(run.folder, local, dirs_exist_ok=True)
+            with whole_folder(local) as folder:
+                shutil.copytree(run.folder, folder, dirs_exist_ok=True)
         return StoredRun(record, local)
 
     def note(self, experiment: Experiment, run: StoredRun) -> None:
@@ -251,10 +252,8 @@ class Tracker:
                 return None
             local = inside(self.root / "fetched", run_id)
             if not (local / RECORD).is_file():
-                local.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=local.parent) as folder:
-                    self.client.download_artifacts(found.info.run_id, "", folder)
-                    shutil.copytree(folder, local, dirs_exist_ok=True)
+                with whole_folder(local) as folder:
+                    self.client.download_artifacts(found.info.run_id, "", str(folder))
         if not (local / RECORD).is_file():
             return None
         run = read_record(local)

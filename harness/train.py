@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ def train(
     with device_settings(device):
         kind = device_kind(device)
         module = build_module(name, entry).to(kind)
-        x, y = _pixels(data, recipe, kind)
-        held = _pixels(test, recipe, kind)
+        names = class_names(recipe.classes) or data.classes
+        x, y = _pixels(data, recipe, names, kind)
+        held = _pixels(test, recipe, names, kind)
         course: list[dict[str, float]] = []
         watched = evenly(WATCHED, len(test))
 
@@ -121,18 +122,18 @@ def _datasets(name: str, recipe: RecipeEntry, registry: Registry) -> tuple[Datas
             raise ConfigError(f"{recipe.where}: {len(data)} pictures are too few to train on; give at least five")
         places = np.arange(len(data))
         data, test = (data.select(indices=places[kept].tolist()) for kept in (places % 5 != 4, places % 5 == 4))
-    classes = class_names(recipe.classes)
+    classes = class_names(recipe.classes) or data.classes
     for found in (data, test):
-        if found.labels is None or found.labels_for(classes or found.classes) is None:
+        if found.labels is None or found.labels_for(classes) is None:
             raise ConfigError(
                 f"{recipe.where}: recipe {name!r} needs datasets with labels for its classes; {found.name} has none{because(found)}"
             )
     return data, test
 
 
-def _pixels(data: Dataset, recipe: RecipeEntry, device: str) -> tuple[Tensor, Tensor]:
-    """Pixels (N, C, H, W) in [0, 1] and labels (N,)."""
-    labels = data.labels_for(class_names(recipe.classes) or data.classes)
+def _pixels(data: Dataset, recipe: RecipeEntry, names: Sequence[str], device: str) -> tuple[Tensor, Tensor]:
+    """Pixels (N, C, H, W) in [0, 1] and labels (N,), indices of the network's classes."""
+    labels = data.labels_for(names)
     assert labels is not None
     return to_images(data.pictures(recipe.input), torch.device(device)), torch.from_numpy(labels).to(device)
 

@@ -151,8 +151,8 @@ def line(outcome: Outcome) -> str:
 def write_reports(
     state: State, runs: Sequence[Any], title: str, name: str, command: str, formats: Sequence[str], folder: Path
 ) -> list[Path]:
-    """Render a report in each format into a folder."""
-    from ..errors import StorageError
+    """Render a report in each format into a folder. One that fails costs no other: it is raised when the others are written and named."""
+    from ..errors import HarnessError, StorageError
     from ..record import ReportInput
 
     plugins = state.plugins()
@@ -161,4 +161,16 @@ def write_reports(
     except OSError as error:
         raise StorageError(f"{folder}: cannot be made ({error.strerror}); choose another folder with -o") from None
     report = ReportInput(title, name, runs, command, [str(f) for f in plugins.failures])
-    return [plugins.get("renderers", kind).render(report, folder) for kind in formats]
+    written: list[Path] = []
+    problems: list[HarnessError] = []
+    for kind in formats:
+        try:
+            written.append(plugins.get("renderers", kind).render(report, folder))
+        except HarnessError as error:
+            (folder / f"report.{kind}").unlink(missing_ok=True)  # an older one tells of other runs
+            problems.append(error)
+    if problems:
+        for path in written:
+            click.echo(str(path))
+        raise problems[0]
+    return written

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ def command(state: State, folder: Path, tolerance: float, device: str | None) ->
     """
     import tempfile
 
+    from ..artifacts import Table
     from ..errors import ConfigError
     from ..experiment import Experiment, RunSpec
     from .execute import execute
@@ -35,9 +38,15 @@ def command(state: State, folder: Path, tolerance: float, device: str | None) ->
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         claims = content["runs"]
+        if not claims:
+            raise ConfigError(f"{path}: it reports no runs")
+        for claim in claims:
+            check(claim)
         specs = [RunSpec.model_validate(claim["spec"]) for claim in claims]
         for claim in claims:
-            differences(claim, claim, tolerance)  # which reads all that is compared once the runs are done
+            differences(claim, claim, tolerance, claim.get("tables"))  # which reads all that is compared once the runs are done
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name the folder of a report that has report.json") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -56,17 +65,38 @@ def command(state: State, folder: Path, tolerance: float, device: str | None) ->
         store = Path(root)
         _, outcomes = execute(state, Experiment("verify", tuple(specs)), tracking_uri=f"sqlite:///{store / 'mlflow.db'}", root=store)
         for claim, outcome in zip(claims, outcomes, strict=True):
-            problems = differences(claim, json.loads(outcome.run.record.model_dump_json()), tolerance)
-            different += any(p.startswith("differs") for p in problems)
+            tables = {a.name: outcome.run.artifact(a.name) for a in outcome.run.record.artifacts if a.kind == "table"}
+            made = {name: {"columns": t.columns, "rows": t.rows} for name, t in tables.items() if isinstance(t, Table)}
+            problems = differences(claim, json.loads(outcome.run.record.model_dump_json()), tolerance, made)
+            different += any(p.startswith(("differs", "failed")) for p in problems)
             click.echo(f"{outcome.spec.label()}: {'; '.join(problems)}")
     click.echo(f"{len(claims) - different} of {len(claims)} runs as the report claims")
     return 1 if different else 0
 
 
-def differences(claim: dict[str, Any], record: dict[str, Any], tolerance: float) -> list[str]:
-    """What a new run has in common with a reported one, in words; those that begin with 'differs' count."""
+def check(claim: dict[str, Any]) -> None:
+    """ValueError where what is compared is not made of numbers: a report may come from anybody."""
+    values = [m["value"] for m in claim["metrics"]]
+    values += [v for m in claim["metrics"] for v in m.get("per_image") or ()]
+    for artifact in claim["artifacts"]:
+        for numbers in artifact.get("summary", {}).values():
+            if len(numbers) != 3:
+                raise ValueError("a summary has three numbers")
+            values += numbers
+    if any(isinstance(v, bool) or not (v is None or isinstance(v, int | float)) for v in values):
+        raise ValueError("a metric is a number")
+
+
+def differences(claim: dict[str, Any], record: dict[str, Any], tolerance: float, tables: Mapping[str, Any] | None = None) -> list[str]:
+    """What a new run, its record and its tables, has in common with a reported one, in words; those that begin with 'differs' or 'failed'
+    count."""
     if claim["status"] != record["status"]:
         return [f"differs: was {claim['status']}, is {record['status']}"]
+    was, now = ((r.get("error") or {}).get("message", "") for r in (claim, record))
+    if record["status"] == "failed":
+        return [f"failed as before: {now}" if was == now else f"failed: {now}; before: {was}"]
+    if was != now:
+        return [f"differs: was {record['status']} as {was!r}, is as {now!r}"]
     found = []
     if claim["key"] != record["key"]:
         found.append("other inputs (parameters, code, device or harness version) than the report's")
@@ -78,24 +108,56 @@ def differences(claim: dict[str, Any], record: dict[str, Any], tolerance: float)
     old, new = ({m["name"]: m["value"] for m in r["metrics"]} for r in (claim, record))
     for name in old.keys() | new.keys():
         a, b = old.get(name), new.get(name)
-        if a != b and (a is None or b is None or abs(a - b) > tolerance * max(abs(a), abs(b))):
+        if not near(a, b, tolerance):
             found.append(f"differs: {name} was {a}, is {b}")
+    each, every = ({m["name"]: m.get("per_image") or [] for m in r["metrics"]} for r in (claim, record))
+    found += [
+        f"differs: the values of {name!r}, picture by picture"
+        for name in each.keys() & every.keys()
+        if not column_near(each[name], every[name], tolerance)
+    ]
     before, after = ({a["name"]: a for a in r["artifacts"]} for r in (claim, record))
     if before.keys() != after.keys():
         found.append(f"differs: artifacts were {', '.join(sorted(before))}, are {', '.join(sorted(after))}")
         return found
     changed = sorted(n for n in before if before[n]["sha256"] != after[n]["sha256"])
+    shown, tables = claim.get("tables", {}), tables or {}
+    apart = [n for n in shown.keys() & tables.keys() if not table_near(shown[n], tables[n], tolerance)]
+    found += [f"differs: the table {name!r}" for name in sorted(apart)]
+    others = [n for n in changed if n not in shown and not close(before[n].get("summary", {}), after[n].get("summary", {}), tolerance)]
+    found += [f"differs: the numbers of {name!r} (mean, size) are not within {tolerance:g}" for name in others]
+    apart += others
     if not changed:
-        return [*found, "same bits"]
-    apart = [n for n in changed if not close(before[n].get("summary", {}), after[n].get("summary", {}), tolerance)]
-    found += [f"differs: the numbers of {name!r} (mean, size) are not within {tolerance:g}" for name in apart]
+        return found if any(text.startswith("differs") for text in found) else [*found, "same bits"]
     if len(changed) > len(apart):
         found.append(f"within tolerance, other bits in {', '.join(n for n in changed if n not in apart)}")
     return found
+
+
+def near(a: Any, b: Any, tolerance: float, size: float = 0.0) -> bool:
+    """Alike as text, or as numbers within the share `tolerance` of the larger, or of `size`; what is not a number is near nothing."""
+    if isinstance(a, int | float) and isinstance(b, int | float) and not isinstance(a, bool) and not isinstance(b, bool):
+        return a == b or (math.isfinite(a) and math.isfinite(b) and abs(a - b) <= tolerance * max(abs(a), abs(b), size))
+    return bool(a == b)
+
+
+def column_near(old: Sequence[Any], new: Sequence[Any], tolerance: float) -> bool:
+    """Whether values agree one by one, numbers relative to their root mean square."""
+    numbers = [float(v) for v in old if isinstance(v, int | float) and not isinstance(v, bool)]
+    size = math.sqrt(sum(v * v for v in numbers) / len(numbers)) if numbers else 0.0
+    return len(old) == len(new) and all(near(a, b, tolerance, size) for a, b in zip(old, new, strict=True))
+
+
+def table_near(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float) -> bool:
+    """Whether two tables agree column by column."""
+    if list(old["columns"]) != list(new["columns"]) or len(old["rows"]) != len(new["rows"]):
+        return False
+    pairs = zip(zip(*old["rows"], strict=True), zip(*new["rows"], strict=True), strict=True)
+    return all(column_near(a, b, tolerance) for a, b in pairs)
 
 
 def close(old: dict[str, list[float]], new: dict[str, list[float]], tolerance: float) -> bool:
     """Whether each array's mean, root mean square and largest magnitude agree, relative to its root mean square."""
     if old.keys() != new.keys() or not old:
         return False
-    return all(abs(a - b) <= tolerance * max(abs(a), abs(b), old[n][1]) for n in old for a, b in zip(old[n], new[n], strict=True))
+    return all(near(a, b, tolerance, old[n][1]) for n in old for a, b in zip(old[n], new[n], strict=True))

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..device import at_least_single
+
 
 class Conditioner(Protocol):
     def __call__(self, gradient: Tensor) -> Tensor: ...
@@ -79,6 +81,15 @@ def _frequency_scale(power: float, height: int, width: int, device: torch.device
     return (fy.square() + fx.square()).sqrt().clamp_min(1 / max(height, width)).pow(-power)
 
 
+MOST = 2**24  # values of which torch tells a quantile
+
+
+def quantile(values: Tensor, share: float) -> Tensor:
+    """(N,) the quantile of all values of each (N, ...), in single precision at least; of very many of every n-th."""
+    flat = values.flatten(1)
+    return torch.quantile(at_least_single(flat[:, :: -(-flat.shape[1] // MOST)]), share, dim=1)
+
+
 @dataclass(frozen=True)
 class ClipSmallGradients:
     """Elements whose magnitude lies below the picture's percentile become zero: a step moves the others alone."""
@@ -89,5 +100,5 @@ class ClipSmallGradients:
         if self.percentile == 0:
             return gradient
         size = gradient.abs()
-        threshold = torch.quantile(size.flatten(1), self.percentile / 100, dim=1).view(-1, *[1] * (gradient.dim() - 1))
+        threshold = quantile(size, self.percentile / 100).to(size.dtype).view(-1, *[1] * (gradient.dim() - 1))
         return torch.where(size >= threshold, gradient, torch.zeros_like(gradient))

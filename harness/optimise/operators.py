@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .conditioners import quantile
+
 
 class Operator(Protocol):
     def __call__(self, images: Tensor, gradient: Tensor, step: int) -> Tensor: ...
@@ -125,7 +127,7 @@ class Denoise:
 
 def _keep(images: Tensor, centre: Tensor, value: Tensor, percentile: float) -> Tensor:
     """`images` where value (N, 1, H, W) reaches its picture's percentile, `centre` elsewhere."""
-    threshold = torch.quantile(value.flatten(1), percentile / 100, dim=1).view(-1, 1, 1, 1)
+    threshold = quantile(value, percentile / 100).to(value.dtype).view(-1, 1, 1, 1)
     return torch.where(value >= threshold, images, centre)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 
 from harness import Curve, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
@@ -57,6 +58,12 @@ class AdversarialTraining(Technique):
     learning_rate: float = Param(0.05, gt=0, le=10, description="highest rate; it rises for half of the steps and falls then")
     steps: int = Param(7, ge=1, le=1000, description="steps of the attack trained on")
     step_size: float = Param(0.25, gt=0, le=2, description="length of each, as a share of the budget")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdversarialTraining:
+        if any(not 0 < b <= 255 for b in self.budgets):
+            raise ValueError("budgets lie above 0 and go up to 255")
+        return self
 
     def run(self, ctx: Context) -> Result:
         import torch
@@ -113,7 +120,14 @@ class AdversarialTraining(Technique):
                 lines[f"{word}, attacked"] = [a for _, a in t.course]
             artifacts.append(Curve("when_enough", range(1, self.epochs + 1), lines, "epoch", "accuracy",
                                    caption=f"Attacked at {self.eps:g}/255, on the pictures kept apart."))  # fmt: skip
-        artifacts.append(Curve("loss", range(1, self.epochs + 1), {self._called(k): t.losses for k, t in trained.items()}, "epoch", "loss"))
+        courses = {self._called(k): t.losses for k, t in trained.items() if np.isfinite(t.losses).all()}
+        if courses:
+            artifacts.append(Curve("loss", range(1, self.epochs + 1), courses, "epoch", "loss"))
+        notes = [
+            f"{self._called(k)}: the loss stopped being finite and nothing was learnt; use a smaller learning_rate"
+            for k, t in trained.items()
+            if not np.isfinite(t.losses).all()
+        ]
         rows = []
         for key, hits in curves.items():
             clean, hit = hits[0], hits[at]
@@ -127,7 +141,7 @@ class AdversarialTraining(Technique):
                 about = {"none": "plain training", "fgsm": "fast adversarial training", "pgd": "adversarial training"}[noise]
                 metrics.append(rate(f"clean_{noise}", hits[0], f"accuracy on untouched pictures after {about}"))
                 metrics.append(rate(f"attacked_{noise}", hits[at], f"accuracy under attack after {about}", f"eps {self.eps:g}/255"))
-        return Result(artifacts, metrics, self._notes(names, curves, at))
+        return Result(artifacts, metrics, [*notes, *self._notes(names, curves, at)])
 
     def _notes(self, names: dict[Noise, str], curves: dict[str, list[np.ndarray]], at: int) -> list[str]:
         notes = []

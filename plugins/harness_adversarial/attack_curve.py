@@ -8,7 +8,7 @@ from harness import ConfigError, Curve, Images, Paper, Param, Result, Table, Tec
 from harness.technique import Further
 
 from .attacks import Attack, Norm, attack, in_255ths, perturbed, project, success
-from .shared import AMPLIFIED, in_full_precision, interval, rate, second, tell_difference
+from .shared import AMPLIFIED, check_alike, fitted, in_full_precision, interval, rate, second, tell_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +19,7 @@ Named = Literal["fgsm", "pgd", "pgd_targeted", "fgm_l2", "pgd_l2"]
 NOISES = 20  # random changes tried a picture, by which the gradient attacks must not be outdone
 SURPRISE = 0.02  # share of pictures by which a weaker attack may outdo a stronger one before it is a warning
 WORST = "worst case"
+SHOWN = 4  # fooled pictures of each norm
 
 
 class AttackCurve(Technique):
@@ -65,9 +66,15 @@ class AttackCurve(Technique):
         wrong = [e for e in self.eps if not 0 <= e <= 255]
         if wrong:
             raise ConfigError(f"attack_curve.eps: {wrong[0]:g} is outside 0 to 255; budgets are in 255ths of the range of a pixel")
+        if min(self.eps_l2) < 0:
+            raise ConfigError(f"attack_curve.eps_l2: {min(self.eps_l2):g} is below zero; budgets are lengths")
+        notes = []
+        if self.surrogate:
+            check_alike(ctx.model, ctx.further_model(self.surrogate), "attack_curve.surrogate")
+            if not (self.checks and any(plan.steps > 1 and not plan.targeted for plan in self._plans())):
+                notes.append(f"pictures of {self.surrogate} were not tried: that wants `checks` and an iterated attack (pgd, pgd_l2)")
         labels = ctx.predicted if ctx.labels is None else ctx.labels
         right = (ctx.own_logits.argmax(1) == labels).cpu().numpy()
-        notes = []
         if ctx.labels is None:
             notes.append("the pictures have no labels of this model: what counts is whether the answer changes")
         if not right.any():
@@ -133,8 +140,8 @@ class AttackCurve(Technique):
                 todo = np.flatnonzero(right & ~found[k])
                 for i, picture, hit in self._tried(ctx, labels, todo, plan, eps):
                     found[k, i] = hit
-                    if hit and i not in pictures:
-                        pictures[i] = picture
+                    if hit and i not in pictures and len(pictures) < SHOWN:
+                        pictures[i] = picture.clone()  # not a view, which would hold the whole batch
                 done += 1
                 ctx.report("budgets", done, total)
             lost[plan.name] = found
@@ -166,7 +173,7 @@ class AttackCurve(Technique):
         """Some fooled pictures: original, changed, ten times the difference."""
         import torch
 
-        some = sorted(pictures)[:4]
+        some = sorted(pictures)
         if not some:
             return []
         made = torch.stack([pictures[i] for i in some])
@@ -216,11 +223,13 @@ class AttackCurve(Technique):
             found.append(f"warning, {where}: random changes fool {int(hit.sum())} pictures that no attack does; gradients may be masked")
         if self.surrogate and iterated:
             other = ctx.further_model(self.surrogate)
-            if other.classes != ctx.model.classes:
-                return [*found, f"surrogate {self.surrogate!r} has other classes: its pictures were not tried"]
+            size = images.shape[-1]
 
             def theirs(rows: slice) -> Tensor:
-                return perturbed(other, images[rows], own[rows], iterated[0], eps, ctx.draws([ctx.ids[i] for i in todo[rows]]))
+                pictures = fitted(images[rows], other.input.size)
+                made = perturbed(other, pictures, own[rows], iterated[0], eps, ctx.draws([ctx.ids[i] for i in todo[rows]]))
+                # Changes of pictures of another size are brought to this one's, within the same budget.
+                return made if made.shape[-1] == size else project(images[rows] + fitted(made - pictures, size), images[rows], eps, norm)
 
             made = torch.cat(list(ctx.batched(len(todo), theirs)))
             more = int((ctx.logits(made).argmax(1) != own).sum())

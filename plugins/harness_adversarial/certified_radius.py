@@ -58,11 +58,21 @@ class CertifiedRadius(Technique):
         return self
 
     def run(self, ctx: Context) -> Result:
+        from harness.device import full_precision
+
         classes = ctx.model.class_count
         if classes < 2:
             raise NotApplicable("needs at least two classes")
         labels = ctx.predicted if ctx.labels is None else ctx.labels
         truth = labels.cpu().numpy()
+        plain = ctx.predicted.cpu().numpy() == truth
+        notes, by_intervals = [], None
+        if self.intervals:  # which are quick, and tell at once where they know no bounds
+            try:
+                with full_precision(ctx.device):
+                    by_intervals = self._intervals(ctx, labels, plain)
+            except Unknown as reason:
+                notes.append(f"intervals: {reason}")
         chosen = counts(ctx, self.sigma, 0, self.first, classes).argmax(1)
         found = counts(ctx, self.sigma, self.first, self.samples, classes)[np.arange(len(truth)), chosen]
         low = np.array([lower_bound(int(k), self.samples, self.alpha) for k in found])
@@ -72,7 +82,6 @@ class CertifiedRadius(Technique):
         most = self.sigma * float(normal_quantile(lower_bound(self.samples, self.samples, self.alpha)))
         radii = np.linspace(0, max(most, 1e-6), 51)
         line = [(right & (radius >= r)).mean() if r else right.mean() for r in radii]
-        plain = ctx.predicted.cpu().numpy() == truth
         names = [*ctx.model.classes] or [str(i) for i in range(classes)]
         rows = [
             [
@@ -87,7 +96,7 @@ class CertifiedRadius(Technique):
             for i in range(len(truth))
         ]
         columns = ["picture", "label", "plain answer", "smoothed answer", f"of {self.samples} copies", "chance at least", "radius (L2)"]
-        caption = f"sigma {self.sigma:g}; no radius above {most:.3g} can be shown with {self.samples} copies."
+        caption = f"sigma {self.sigma:g}; no radius above {max(0.0, most):.3g} can be shown with {self.samples} copies."
         artifacts: list[Any] = [
             Curve("certified", radii, {"certified accuracy": line}, "radius (L2, pixels in [0, 1])", "share of pictures", caption=caption),
             Table("pictures", columns, rows),
@@ -100,16 +109,12 @@ class CertifiedRadius(Technique):
             Metric("radius", float(each.mean()), "L2", "higher", per_image=each.tolist(), about=about, detail=f"sigma {self.sigma:g}"),
             rate("abstains", answers == ABSTAINS, "share of pictures for which the smoothed model gives no answer", better="lower"),
         ]
-        notes = []
         if ctx.labels is None:
             notes.append("the pictures have no labels of this model: what counts is its own answer")
-        if self.intervals:
-            try:
-                curve, table, last = self._intervals(ctx, labels, plain)
-                artifacts += [curve, table]
-                metrics.append(last)
-            except Unknown as reason:
-                notes.append(f"intervals: {reason}")
+        if by_intervals is not None:
+            curve, table, last = by_intervals
+            artifacts += [curve, table]
+            metrics.append(last)
         return Result(artifacts, metrics, notes)
 
     def _intervals(self, ctx: Context, labels: Tensor, plain: np.ndarray) -> tuple[Curve, Table, Metric]:

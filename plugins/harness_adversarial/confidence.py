@@ -33,7 +33,7 @@ class Confidence(Technique):
     probability (Hendrycks & Gimpel 2016, arXiv:1610.02136), the energy log sum exp f (Liu et al. 2020, arXiv:2010.03759), the Mahalanobis
     distance to the nearest class (Lee et al. 2018, arXiv:1807.03888) or that to the k-th neighbour (Sun et al. 2022, arXiv:2204.06507).
 
-    Every other picture fits the temperature, the classes' means and their covariance; the others are judged. Cost: a forward pass a
+    Every other picture fits the temperature, the classes' means and their covariance; the others are judged. Cost: two forward passes a
     picture, and `steps` of both kinds for adversarial ones.
     """
 
@@ -176,7 +176,6 @@ class Scores:
     """The four scores, high where a picture looks like those it was fitted on."""
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, neighbours: int) -> None:
-        from sklearn.covariance import LedoitWolf
         from sklearn.neighbors import NearestNeighbors
 
         self.means = np.stack([features[labels == c].mean(0) for c in np.unique(labels)])
@@ -184,8 +183,9 @@ class Scores:
         centred = features - self.means[place]
         # Few pictures and many features leave the covariance singular; shrinkage (Ledoit & Wolf 2004) keeps it whole. Where every class
         # has one picture nothing is left of it, and distances are plain ones.
-        spread = np.square(centred).sum() > 1e-12
-        self.precision = LedoitWolf(assume_centered=True).fit(centred).precision_ if spread else np.eye(features.shape[1])
+        self.plain, self.axes, self.less = 1.0, np.zeros((features.shape[1], 0)), np.zeros(0)
+        if np.square(centred).sum() > 1e-12:
+            self.plain, self.axes, self.less = precision(centred)
         length = np.linalg.norm(features, axis=1, keepdims=True)
         self.k = min(neighbours, len(features))
         self.near = NearestNeighbors(n_neighbors=self.k).fit(features / np.maximum(length, 1e-12))
@@ -193,11 +193,40 @@ class Scores:
     def __call__(self, seen: Seen) -> tuple[np.ndarray, ...]:
         from scipy.special import logsumexp
 
-        away = seen.features[:, None] - self.means[None]  # (N, C, D)
-        distance = np.einsum("ncd,de,nce->nc", away, self.precision, away, optimize=True).min(1)
+        # x' P x - 2 x' P m + m' P m in products of matrices: the differences (N, C, D) of many pictures and classes fit no memory.
+        middle = self.means.mean(0)  # nearer to both, so that less is lost when large numbers are subtracted
+        here, there = seen.features - middle, self.means - middle
+        along, beside = here @ self.axes, there @ self.axes
+        own = self.plain * np.square(here).sum(1) - np.square(along) @ self.less
+        others = self.plain * np.square(there).sum(1) - np.square(beside) @ self.less
+        both = self.plain * here @ there.T - (along * self.less) @ beside.T
+        distance = (own[:, None] - 2 * both + others).min(1)
         length = np.linalg.norm(seen.features, axis=1, keepdims=True)
         kth = self.near.kneighbors(seen.features / np.maximum(length, 1e-12))[0][:, -1]
         return softmax(seen.logits).max(1), logsumexp(seen.logits, axis=1), -distance, -kth
+
+
+def precision(centred: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """(p, V (D, r), l (r,)) with P = p I - V diag(l) V' the inverse of the covariance (1 - s) X'X / n + s m I of n centred features X
+    (n, D), m being its mean eigenvalue and s the shrinkage of Ledoit & Wolf (2004, "A well-conditioned estimator for large-dimensional
+    covariance matrices", eq. 14), as scikit-learn's LedoitWolf has it. Nothing of D x D is made where there are fewer pictures than that.
+    """
+    n, d = centred.shape
+    small = centred @ centred.T / n if n < d else centred.T @ centred / n
+    values, vectors = np.linalg.eigh(small)
+    mean = np.trace(small) / d
+    squares = np.square(small).sum()
+    noise = (np.square(np.square(centred).sum(1)).sum() / n - squares) / (d * n)
+    apart = squares / d - mean**2
+    shrinkage = min(noise, apart) / apart if apart > 0 and noise > 0 else 0.0
+    kept = values > 1e-12 * max(values[-1], 1e-300)
+    values, vectors = values[kept], vectors[:, kept]
+    axes = centred.T @ vectors / np.sqrt(n * values) if n < d else vectors
+    least = shrinkage * mean
+    if least <= 1e-12 * mean:  # what has no spread then counts nothing, as in a pseudo-inverse
+        return 0.0, axes, -1 / values
+    plain = 1 / least
+    return plain, axes, plain - 1 / ((1 - shrinkage) * values + least)
 
 
 def look(ctx: Context, images: Tensor) -> Seen:

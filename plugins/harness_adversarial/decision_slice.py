@@ -74,7 +74,7 @@ class DecisionSlice(Technique):
         first, second = self._plane(ctx, step)
         side = self.side + 1 - self.side % 2
         place = torch.linspace(-1, 1, side, device=ctx.device, dtype=images.dtype)
-        sheets, captions, rows = [], [], []
+        sheets, captions, rows, own = [], [], [], []
         distances: dict[str, list[float]] = {"first": [], "second": []}
         for i in range(len(images)):
             reach = self.reach or 3 * max(float(length[i]), 1e-3)
@@ -82,6 +82,7 @@ class DecisionSlice(Technique):
             names, counts = np.unique(plane, return_counts=True)
             order = [int(clean[i]), *(int(n) for n in names[counts.argsort()[::-1]] if n != int(clean[i]))]
             sheets.append(painted(plane, order))
+            own.append(float((plane == plane[side // 2, side // 2]).mean()))
             captions.append(f"{ctx.ids[i]}: {model.class_name(int(clean[i]))}, half a side is {reach:.3g} in L2")
             middle = side // 2
             for axis, line in (("first", plane[middle]), ("second", plane[:, middle])):
@@ -98,7 +99,6 @@ class DecisionSlice(Technique):
             Table("classes", ["picture", "colour", "class", "share of the plane"], rows),
         ]
         about = "share of a picture's plane where the model names its own class"
-        own = [float((s == s[:, side // 2, side // 2][:, None, None]).all(0).mean()) for s in sheets]
         metrics = [
             Metric("own_share", float(np.mean(own)), per_image=own, about=about, detail=f"plane of {self.axes[0]} and {self.axes[1]}")
         ]

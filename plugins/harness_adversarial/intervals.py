@@ -38,6 +38,8 @@ def bounds(module: nn.Module, box: Box) -> Box:
     import torch
     from torch import fx
 
+    from harness.context import out_of_memory
+
     try:
         graph = fx.symbolic_trace(module)
     except Exception as error:  # control flow that depends on values, and whatever else tracing may meet
@@ -68,9 +70,14 @@ def bounds(module: nn.Module, box: Box) -> Box:
                     values[node.name] = arguments[0]
                     continue
                 # All of them rise with their input, so bounds go through one by one.
-                function: Callable[..., Tensor] = getattr(torch, name, None) or getattr(torch.nn.functional, name)
+                function: Callable[..., Tensor] = getattr(torch.nn.functional, name, None) or getattr(torch, name)
                 clean = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-                values[node.name] = tuple(function(end, *arguments[1:], **clean) for end in arguments[0])
+                try:
+                    values[node.name] = tuple(function(end, *arguments[1:], **clean) for end in arguments[0])
+                except (TypeError, ValueError, RuntimeError) as error:
+                    if out_of_memory(error):
+                        raise
+                    raise Unknown(f"{name} cannot be computed: {str(error).splitlines()[0][:120]}") from error
             else:
                 raise Unknown(f"no bounds are known through {name}")
         else:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from harness import Images, Metric, Paper, Param, Result, Table, Technique
+from harness import ConfigError, Images, Metric, Paper, Param, Result, Table, Technique
 
 from .attacks import Attacked, lengths
 from .minimal import deepfool, lbfgs
@@ -59,7 +59,12 @@ class MinimalPerturbation(Technique):
 
         images = ctx.images
         clean = ctx.predicted
-        made = {method: self._made(ctx, method) for method in dict.fromkeys(self.methods)}
+        wanted = self._targets(ctx)
+        already = (wanted == clean).nonzero().flatten().tolist() if "lbfgs" in self.methods else []
+        if already:
+            name = ctx.model.class_name(int(wanted[already[0]]))
+            raise ConfigError(f"minimal_perturbation.target: {ctx.ids[already[0]]} is already {name!r} to the model; name another class")
+        made = {method: self._made(ctx, method, wanted) for method in dict.fromkeys(self.methods)}
         notes: list[str] = []
         metrics, rows, columns = [], [], []
         for method, found in made.items():
@@ -104,18 +109,11 @@ class MinimalPerturbation(Technique):
         artifacts.append(Table("pictures", names, rows))
         return Result(artifacts, metrics, notes)
 
-    def _made(self, ctx: Context, method: Method) -> Attacked:
+    def _made(self, ctx: Context, method: Method, wanted: Tensor) -> Attacked:
         import torch
-
-        from harness import ConfigError
 
         images, model = ctx.images, ctx.model
         if method == "lbfgs":
-            wanted = self._targets(ctx)
-            if bool((wanted == ctx.predicted).any()):
-                i = int((wanted == ctx.predicted).nonzero()[0])
-                name = model.class_name(int(wanted[i]))
-                raise ConfigError(f"minimal_perturbation.target: {ctx.ids[i]} is already {name!r} to the model; name another class")
 
             def search(rows: slice) -> Attacked:
                 draws = ctx.draws(ctx.ids[rows])
@@ -138,6 +136,10 @@ class MinimalPerturbation(Technique):
     def _targets(self, ctx: Context) -> Tensor:
         import torch
 
+        if self.target != "" and "lbfgs" not in self.methods:
+            raise ConfigError(
+                "minimal_perturbation.target: only the search lbfgs aims at a class; add it to `methods`, or leave target out"
+            )
         if self.target == "":
             return second(ctx.own_logits, ctx.predicted)
         return torch.full((len(ctx.images),), ctx.model.class_index(self.target), device=ctx.device)

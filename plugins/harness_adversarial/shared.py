@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness import Context, Metric, Result
+    from harness.models import LoadedModel
 
 Of = TypeVar("Of")
 AMPLIFIED = 10
@@ -19,12 +20,15 @@ AMPLIFIED = 10
 
 def in_full_precision(run: Callable[[Of, Context], Result]) -> Callable[[Of, Context], Result]:
     """A technique's `run` whose every answer is given in full precision, as attacks step and judge in it: in a lower one a picture near a
-    boundary would have another answer before any change."""
+    boundary would have another answer before any change. Where there is one score there is no other answer, and nothing to attack."""
 
     @wraps(run)
     def exact(technique: Of, ctx: Context) -> Result:
+        from harness import NotApplicable
         from harness.device import full_precision
 
+        if ctx.model.class_count < 2:
+            raise NotApplicable("needs at least two classes")
         with full_precision(ctx.device):
             return run(technique, ctx)
 
@@ -60,3 +64,22 @@ def rate(name: str, hits: np.ndarray, about: str, more: str = "", better: Litera
 def tell_difference(delta: Tensor, factor: int) -> str:
     """The caption of an amplified difference: the factor and the largest change."""
     return f"difference x {factor}, at most {float(delta.abs().max()) * 255:.3g}/255"
+
+
+def fitted(images: Tensor, size: int) -> Tensor:
+    """Pictures as another model takes them: as they are, or resized."""
+    import torch.nn.functional as F
+
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def check_alike(model: LoadedModel, other: LoadedModel, where: str) -> None:
+    """Raises where another model knows other classes, or takes pictures of other channels."""
+    from harness import ConfigError
+
+    if other.classes != model.classes or other.class_count != model.class_count:
+        raise ConfigError(f"{where}: {other.name!r} has other classes than {model.name!r}")
+    if other.input.channels != model.input.channels:
+        raise ConfigError(f"{where}: {other.name!r} takes {other.input.channels} colours a pixel, not {model.input.channels}")

@@ -8,7 +8,7 @@ from harness import ConfigError, Matrix, Metric, NotApplicable, Paper, Param, Re
 from harness.technique import Further
 
 from .attacks import Attack, in_255ths, perturbed, project
-from .shared import in_full_precision, interval
+from .shared import check_alike, fitted, in_full_precision, interval
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,13 +53,8 @@ class TransferMatrix(Technique):
         if not self.models:
             raise NotApplicable("needs further models to try the changes on; name them with -p 'models=[NAME, NAME]'")
         models = {ctx.model.name: ctx.model, **{name: ctx.further_model(name) for name in self.models}}
-        for name, model in models.items():
-            if model.classes != ctx.model.classes or model.class_count != ctx.model.class_count:
-                raise ConfigError(f"transfer_matrix.models: {name!r} has other classes than {ctx.model.name!r}")
-            if model.input.channels != ctx.model.input.channels:
-                raise ConfigError(
-                    f"transfer_matrix.models: {name!r} takes {model.input.channels} colours a pixel, not {ctx.model.input.channels}"
-                )
+        for name in self.models:
+            check_alike(ctx.model, models[name], "transfer_matrix.models")
         eps = self.eps / 255
         labels = ctx.labels
         before = {name: logits(ctx, model, ctx.images).argmax(1) for name, model in models.items()}
@@ -130,12 +125,3 @@ def logits(ctx: Context, model: LoadedModel, images: Tensor) -> Tensor:
 
     with torch.no_grad():
         return torch.cat(list(ctx.batched(len(images), lambda rows: model(fitted(images[rows], model.input.size)))))
-
-
-def fitted(images: Tensor, size: int) -> Tensor:
-    """Pictures as another model takes them: as they are, or resized."""
-    import torch.nn.functional as F
-
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness import Arrays, ConfigError, Matrix, Metric, NotApplicable, Paper, Param, Result, Table, Technique
+from harness import Arrays, Matrix, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,14 +47,14 @@ class ChannelProbe(Technique):
         dataset, model = ctx.dataset, ctx.model
         if dataset.labels is None:
             raise NotApplicable("needs a labelled dataset")
+        if len(np.unique(dataset.labels)) < 2:
+            raise NotApplicable(f"needs pictures of two classes; {dataset.name!r} has those of one only")
         layer = model.full_name(self.layer or model.last_maps)
         behind = layer in model.channels_behind
         parts = [high for _, high in ctx.stream(lambda images: channel_maximum(model.activations(images, [layer])[layer], behind))]
         scores = np.concatenate([high.float().cpu().numpy() for high in parts])  # (N, C)
         labels = dataset.labels
         count = np.bincount(labels, minlength=len(dataset.classes))
-        if (count > 0).sum() < 2:
-            raise ConfigError(f"channel_probe: {dataset.name!r} has pictures of one class only; a detector needs two")
         auc = areas(ranks(scores), labels, len(count))  # (K, C); NaN where a class has no picture
         halves = halve(labels)
         ranked = ranks(scores[halves[0]]), ranks(scores[halves[1]])

@@ -57,7 +57,7 @@ class EmbeddingGeometry(Technique):
         features = features_of(ctx, least=2)
         present, group = np.unique(labels, return_inverse=True)
         if len(present) < 2:
-            raise ConfigError(f"embedding_geometry: {ctx.dataset.name!r} has pictures of one class only; distances need two")
+            raise NotApplicable(f"needs pictures of two classes; {ctx.dataset.name!r} has those of one only")
         names = class_labels(ctx, present)
         means = np.stack([features[group == i].mean(0, dtype=np.float64) for i in range(len(present))])
         distances = between(means, self.distance)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness import ConfigError
 from harness.artifacts import Arrays
 from harness.datasets import evenly
+from harness.errors import NotApplicable
 
 from .search import nearest
 
@@ -22,14 +22,14 @@ TRUST_NEIGHBOURS = 12
 
 
 def features_of(ctx: Context, least: int = 3) -> np.ndarray:
-    """(N, D) the features this run builds on; a ConfigError where a map of them says nothing."""
+    """(N, D) the features this run builds on; NotApplicable where a map of them says nothing."""
     found = ctx.results["features"]["features"]
     assert isinstance(found, Arrays)
     features = found.data["features"]
     if len(features) < least:
-        raise ConfigError(f"{ctx.technique}: a map needs at least {least} pictures; {ctx.dataset.name!r} has {len(features)}")
+        raise NotApplicable(f"a map needs at least {least} pictures; {ctx.dataset.name!r} has {len(features)}")
     if not (features != features[0]).any():
-        raise ConfigError(f"{ctx.technique}: all {len(features)} pictures have the same features; look at the layer and at the pictures")
+        raise NotApplicable(f"all {len(features)} pictures have the same features; look at the layer and at the pictures")
     return features
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness import Arrays, ConfigError, Images, Metric, Paper, Param, Result, Table, Technique, Use
+from harness import Arrays, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique, Use
 from harness.artifacts import Artifact
 from harness.datasets import Dataset, evenly
 
@@ -57,8 +57,13 @@ class NearestNeighbors(Technique):
     def run(self, ctx: Context) -> Result:
         dataset = ctx.dataset
         count = len(dataset)
+        if count < 2:
+            raise NotApplicable(f"needs at least two pictures; {dataset.name!r} has {count}")
         if count <= self.k:
-            raise ConfigError(f"nearest_neighbors.k: {self.k} neighbours need more than {self.k} pictures; {dataset.name!r} has {count}")
+            fewer = self.model_copy(update={"k": count - 1}).run(ctx)
+            return Result(
+                fewer.artifacts, fewer.metrics, [f"{count - 1} neighbours and not {self.k}, as there are {count} pictures", *fewer.notes]
+            )
         features = ctx.results["features"]["features"]
         assert isinstance(features, Arrays)
         vectors = {"pixels": self._pixels(ctx), "features": features.data["features"]}

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness import Images, Metric, Param, Result, Table, Technique
+from harness import Images, Metric, NotApplicable, Param, Result, Table, Technique
 from harness.datasets import evenly
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Predictions(Technique):
         import torch
 
         dataset, model = ctx.dataset, ctx.model
+        if model.class_count < 2:
+            raise NotApplicable("needs at least two classes: of one score no probability can be told")
         width = min(5, model.class_count)
         tops, chances = [], []
         for _, best in ctx.stream(lambda images: model(images).softmax(1).topk(width, dim=1)):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from harness import Arrays, Curve, EveryMap, Metric, NotApplicable, Paper, Param, Result, Table, TargetSpec, Technique
+from harness import Arrays, Curve, EveryMap, Metric, Paper, Param, Result, Table, TargetSpec, Technique
 from harness.device import full_precision
 
 from .integrated_gradients import Baseline, baseline
@@ -66,9 +66,7 @@ class Faithfulness(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
-        maps = ctx.attributions()
-        if not maps:
-            raise NotApplicable("needs a technique that gives maps of these pictures; none has a result")
+        maps = ctx.needed_attributions()
         game = Game(ctx, self.cells, self.steps, {"deletion": self.deleted, "insertion": self.inserted}, self.scored)
         means = {name: game.pool(m) for name, m in maps.items()}
         orders = {name: game.order(m) for name, m in means.items()}

@@ -158,6 +158,8 @@ class Occlusion(Technique):
         """Scores and probabilities of all covered copies by incremental inference; None where it is not to be had or not worth it."""
         import torch
 
+        from harness.context import out_of_memory
+
         from .incremental import Incremental
 
         x, target, model = ctx.images, ctx.target, ctx.model
@@ -165,7 +167,9 @@ class Occlusion(Technique):
             return None
         try:
             incremental = Incremental(model, boxes, (x.shape[2], x.shape[3]))
-        except ValueError:
+        except Exception as error:  # whatever a network does that fx took otherwise; whole passes know nothing of that
+            if out_of_memory(error):
+                raise
             return None
         if incremental.left > WORTH or incremental.work < SMALL:
             return None
@@ -185,7 +189,12 @@ class Occlusion(Technique):
                 picture = torch.full((len(output),), i, device=x.device)
                 return target.score(output, picture), target.probability(output, picture)
 
-            found.append(_joined(ctx.batched(len(boxes), some)))
+            try:
+                found.append(_joined(ctx.batched(len(boxes), some)))
+            except Exception as error:
+                if i or out_of_memory(error):
+                    raise
+                return None
             if i == 0 and not self._agrees(ctx, boxes, cover, found[0][0]):
                 return None
         return _joined(found)
@@ -239,6 +248,9 @@ def windows(height: int, width: int, window: int, stride: int, convention: Conve
 
 def spread(values: Tensor, boxes: Sequence[tuple[int, int, int, int]], size: Sequence[int], convention: Convention) -> Tensor:
     """(N, windows) values -> (N, H, W): at each pixel the mean over the windows that cover it, or their sum."""
+    from harness.device import at_least_single
+
+    values = at_least_single(values)  # bfloat16 counts to 256
     total = values.new_zeros((len(values), *size))
     count = values.new_zeros(tuple(size))
     for i, (top, bottom, left, right) in enumerate(boxes):

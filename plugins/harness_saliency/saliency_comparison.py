@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness import EveryMap, Heatmaps, Matrix, Metric, NotApplicable, Paper, Param, Result, Table, TargetSpec, Technique, Use
+from harness import EveryMap, Heatmaps, Matrix, Metric, Paper, Param, Result, Table, TargetSpec, Technique, Use
 from harness.datasets import evenly
 
 from .faithfulness import PROFILE
@@ -49,9 +49,7 @@ class SaliencyComparison(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
-        maps = ctx.attributions()
-        if not maps:
-            raise NotApplicable("needs a technique that gives maps of these pictures; none has a result")
+        maps = ctx.needed_attributions()
         areas: Any = ctx.results["faithfulness"]["areas"]
         deletion, insertion = ({n: areas.data[f"{way}.{n}"] for n in maps} for way in ("deletion", "insertion"))
         rows = evenly(self.pictures, len(ctx.ids))

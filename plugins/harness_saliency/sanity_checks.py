@@ -60,10 +60,10 @@ class SanityChecks(Technique):
         return [EveryMap(self.target, self.techniques, self.profile)]
 
     def run(self, ctx: Context) -> Result:
+        from harness.context import out_of_memory
+
         rows = evenly(self.pictures, len(ctx.ids))
-        original = {name: m[rows] for name, m in ctx.attributions().items()}
-        if not original:
-            raise NotApplicable("needs a technique that gives maps of these pictures; none has a result")
+        original = {name: m[rows] for name, m in ctx.needed_attributions().items()}
         layers = weighted(ctx.model)
         if not layers:
             raise NotApplicable(f"needs a model with weights; {ctx.model.name!r} has none")
@@ -83,14 +83,18 @@ class SanityChecks(Technique):
             for name in [n for n in original if n not in lost]:
                 try:
                     found: Any = ctx.again(name, model=mixed, target=target, rows=rows)
-                except NotApplicable as reason:
-                    lost[name] = str(reason)
+                    values: Any = found[ctx.used[name].technique.attribution]
+                except Exception as reason:  # of one map, which must not cost the others; a random network gives what no other does
+                    if out_of_memory(reason):
+                        raise
+                    lost[name] = str(reason) or type(reason).__name__
                     continue
-                values: Any = found[ctx.used[name].technique.attribution]
                 last[name] = original[name].new_tensor(values.data)
                 alike[name].append(rank_correlation(original[name].abs(), last[name].abs()))
                 structure[name].append(likeness(original[name].abs(), last[name].abs()))
             ctx.report("stages", done, len(ends))
+        if len(lost) == len(original):
+            raise NotApplicable("no map can be had of a random network: " + "; ".join(f"{name}: {why}" for name, why in lost.items()))
         return self._result(ctx, layers, ends, original, alike, structure, last, lost, rows)
 
     def _result(

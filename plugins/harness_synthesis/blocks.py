@@ -64,12 +64,16 @@ def refuses(model: LoadedModel, side: int, layer: str = "") -> str:
     """Why a model does not take pictures of another size than its own, in its words; empty where it does."""
     import torch
 
+    from harness.context import out_of_memory
+
     shape = (1, model.input.channels, side, side)
     images = torch.full(shape, 0.5, device=model.device, dtype=model.dtype)
     try:
         with torch.no_grad():
             _ = model.activations(images, [layer]) if layer else model(images)
     except (RuntimeError, AssertionError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         return " ".join(str(error).split())[:160]
     return ""
 

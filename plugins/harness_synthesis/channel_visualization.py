@@ -189,7 +189,9 @@ class ChannelVisualization(Technique):
             begun = 0
             for size in sizes:
                 some, words = pictures[begun : begun + size], captions[begun : begun + size]
-                artifacts.append(Images(f"pictures-{rows[begun][0]}", some, captions=words, columns=min(size, 8), exact=side < 64))
+                artifacts.append(
+                    Images(f"pictures-{in_a_name(rows[begun][0])}", some, captions=words, columns=min(size, 8), exact=side < 64)
+                )
                 begun += size
         artifacts += strips
         if lines:

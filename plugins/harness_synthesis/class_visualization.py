@@ -157,6 +157,8 @@ class ClassVisualization(Technique):
     def run(self, ctx: Context) -> Result:
         import torch
 
+        from harness.optimise.conditioners import quantile
+
         if self.preset == "compare":
             return compared(ctx)
         model = ctx.model
@@ -179,7 +181,7 @@ class ClassVisualization(Technique):
         small = side < 64
         captions = [f"{n}, p = {p:.3f}" for n, p in zip(names, chance.tolist(), strict=True)]
         artifacts: list[Any] = [Images("pictures", made.images, captions=captions, columns=4, exact=small)]
-        faint = (made.images - centre).abs().flatten(1).float().quantile(0.995, dim=1)
+        faint = quantile((made.images - centre).abs(), 0.995)
         if bool((faint < FAINT).any()):
             # As the toolbox of Yosinski et al. shows its pictures, which stay close to the mean.
             scale = faint.clamp_min(1e-6).to(made.images.dtype).view(-1, 1, 1, 1)

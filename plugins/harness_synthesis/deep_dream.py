@@ -90,24 +90,28 @@ class DeepDream(Technique):
         strips: list[Tensor] = []
         start = self._start(ctx)
 
-        def some(rows: slice) -> tuple[Tensor, list[Ascent]]:
-            image, parts = start[rows], []
+        def some(rows: slice) -> tuple[Tensor, list[Tensor], list[int], list[Ascent]]:
+            image = start[rows]
+            scores: list[Tensor] = []
+            lost: list[int] = []
+            found: list[Ascent] = []
             for number in range(self.go_on, self.dreams):
                 draws = ctx.draws(ctx.ids[rows], stream=f"dream {number}" if number else "")
                 image, found = dream(ctx, objective, image, settings, draws)
-                parts += found
-            return image, parts
+                scores += [_filled(p.scores, self.steps) for p in found]
+                lost += [i for p in found for i in p.stopped]
+            return image, scores, lost, found[-octaves:]  # of many dreams the pictures on the way would fill the memory
 
         first = 0
-        for image, parts in ctx.batched(len(start), some):
+        for image, scores, lost, last in ctx.batched(len(start), some):
             made.append(image)
-            traces.append([_filled(p.scores, self.steps) for p in parts])
-            stopped += [first + i for p in parts for i in p.stopped]
-            strips.append(torch.stack([_resized(p.images, image.shape[2:]) for p in parts[-octaves:]], 1))
+            traces.append(scores)
+            stopped += [first + i for i in lost]
+            strips.append(torch.stack([_resized(p.images, image.shape[2:]) for p in last], 1))
             first += len(image)
         pictures = torch.cat(made)
-        scores = torch.cat([torch.cat(t) for t in traces], 1)  # (dreams * octaves * steps, N)
-        return settings._result(ctx, layer, pictures, scores, torch.cat(strips), sorted(set(stopped)), objective)
+        every = torch.cat([torch.cat(t) for t in traces], 1)  # (dreams * octaves * steps, N)
+        return settings._result(ctx, layer, pictures, every, torch.cat(strips), sorted(set(stopped)), objective)
 
     def _whole(self, ctx: Context) -> Result:
         """Each picture in its own shape: a dream of its own."""
@@ -264,11 +268,15 @@ def takes_any_size(ctx: Context, layer: str) -> None:
     """NotApplicable where the model takes pictures of its own size only."""
     import torch
 
+    from harness.context import out_of_memory
+
     images = ctx.images[:1]
     try:
         with torch.no_grad():
             ctx.model.activations(torch.nn.functional.pad(images, (0, 8, 0, 8)), [layer])
     except (RuntimeError, AssertionError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         raise NotApplicable(f"needs a model that takes pictures of any size, or `octaves` 1; {ctx.model.name!r} says: {error}") from None
 
 

@@ -67,7 +67,7 @@ class DeepGenerator(Technique):
     )
     decay: float = Param(0.01, ge=0, lt=1, description="share by which codes shrink after each step")
     reach: float = Param(1.0, gt=0, description="codes are clipped to this many times their range in training pictures; the release has 3")
-    start: str = Param("", description="the name of a picture of the dataset whose code ascent starts from; none: noise")
+    start: str = Param("", description="picture whose code ascent starts from, as DATASET:ID or the path of a file; none: noise")
     rate: float = Param(0.01, gt=0, description="with prior: Adam's step size")
     jitter: float = Param(16, ge=0, description="with prior: largest random shift before a pass, in pixels of a picture of 224")
     converged: float = CONVERGED
@@ -92,12 +92,15 @@ class DeepGenerator(Technique):
         return Further(
             models=[self.judge] if self.judge else [],
             generators=[] if self.generator == PRIOR else [self.generator],
+            pictures=[self.start] if self.start else [],
         )
 
     def run(self, ctx: Context) -> Result:
         import torch
 
         units = self._units(ctx)
+        if self.judge and ctx.further_model(self.judge).classes != ctx.model.classes:
+            raise NotApplicable(f"judge {self.judge!r} has other classes than {ctx.model.name!r}")
         generator = None if self.generator == PRIOR else ctx.generator(self.generator)
         if generator is not None and generator.channels != ctx.model.input.channels:
             raise ConfigError(
@@ -223,15 +226,10 @@ class DeepGenerator(Technique):
         import torch
 
         from harness.context import to_images
-        from harness.errors import did_you_mean
+        from harness.datasets import prepare
 
         encoder = ctx.model if generator.encoder == ctx.model.name else ctx.further_model(generator.encoder)
-        whole = ctx.dataset.whole or ctx.dataset
-        ids = list(whole.ids)
-        if self.start not in ids:
-            raise ConfigError(f"deep_generator.start: the dataset has no picture {self.start!r}{did_you_mean(self.start, ids)}")
-        i = ids.index(self.start)
-        picture = to_images(whole.pictures(encoder.input, i, i + 1), ctx.device, encoder.dtype)
+        picture = to_images(prepare(ctx.named_picture(self.start), encoder.input)[None], ctx.device, encoder.dtype)
         with torch.no_grad():
             found: Tensor = encoder.activations(picture, [generator.layer])[generator.layer]
         return found
@@ -241,8 +239,6 @@ class DeepGenerator(Technique):
         import torch
 
         judge = ctx.further_model(self.judge)
-        if judge.classes != ctx.model.classes:
-            raise NotApplicable(f"judge {self.judge!r} has other classes than {ctx.model.name!r}")
         pixels: Any = ctx.results[PIXELS]["pictures"]
         plain = torch.from_numpy(pixels.data).to(ctx.device, images.dtype)
         found: list[Metric] = []

@@ -82,6 +82,7 @@ class FeatureInversion(Technique):
 
         model = ctx.model
         layers = list(dict.fromkeys(model.full_name(n) for n in self.layers)) or spread_layers(ctx, self.rows)
+        self._check(ctx, layers)
         made: dict[str, Ascent] = {}
         errors: dict[str, Tensor] = {}
         for layer in layers:
@@ -106,6 +107,23 @@ class FeatureInversion(Technique):
         artifacts.append(Table("layers", ["layer", "shape", "values", "error", "PSNR (dB)", "SSIM"], self._rows(ctx, errors, psnr, ssim)))
         artifacts += [a for layer, m in made.items() for a in state_of(m, f"state-{in_a_name(layer)}")]
         return Result(artifacts, self._metrics(layers, errors, psnr, ssim), self._notes(ctx, made))
+
+    def _check(self, ctx: Context, layers: list[str]) -> None:
+        """Raises where a layer is silent: told before any is inverted."""
+        import torch
+
+        def dead(rows: slice) -> dict[str, Tensor]:
+            with torch.no_grad():
+                found: dict[str, Tensor] = ctx.model.activations(
+                    ctx.images[rows], layers, reduce=lambda _, value: (value.flatten(1) == 0).all(1)
+                )
+                return found
+
+        parts = list(ctx.batched(len(ctx.images), dead))
+        for layer in layers:
+            silent = torch.cat([part[layer] for part in parts]).nonzero().flatten().tolist()
+            if silent:
+                raise ConfigError(f"layer {layer!r} gives nothing but zeros for {ctx.ids[silent[0]]}: there is nothing to invert")
 
     def _rows(self, ctx: Context, errors: dict[str, Tensor], psnr: dict[str, np.ndarray], ssim: dict[str, np.ndarray]) -> list[list[Any]]:
         rows = []
@@ -151,11 +169,6 @@ class FeatureInversion(Technique):
         def some(rows: slice) -> tuple[Ascent, Tensor]:
             with torch.no_grad():
                 features = model.activations(images[rows], [layer])[layer]
-            silent = (features.flatten(1) == 0).all(1).nonzero().flatten().tolist()
-            if silent:
-                raise ConfigError(
-                    f"layer {layer!r} gives nothing but zeros for {ctx.ids[rows.start + silent[0]]}: there is nothing to invert"
-                )
             draws = ctx.draws([f"{layer} {i}" for i in ctx.ids[rows]])
             part = o.ascend(
                 model,

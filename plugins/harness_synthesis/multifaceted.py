@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from harness import Arrays, ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique, Use
 
+from .blocks import refuses
 from .climb import CONVERGED, GO_ON, check_go_on, earlier, go_on
 
 if TYPE_CHECKING:
@@ -176,6 +177,14 @@ class Multifaceted(Technique):
             way = "labelled" if ctx.labels is not None else "all" if len(wanted) == 1 else "predicted"
         if way == "labelled" and ctx.labels is None:
             raise NotApplicable("needs pictures whose labels are classes of this model, or members 'predicted' or 'all'")
+        reason = refuses(model, self.size or model.input.size)
+        if reason:
+            raise NotApplicable(f"needs a model that takes pictures of {self.size} pixels; leave out `size` ({reason})")
+        if way == "labelled" and ctx.labels is not None:  # known before the dataset is looked at
+            held = set(ctx.labels.tolist())
+            lacking = [c for c in wanted if c not in held]
+            if lacking:
+                raise ConfigError(f"multifaceted.classes: no picture of the dataset is labelled {model.class_name(lacking[0])!r}")
         if way == "all" and len(wanted) != 1:
             raise ConfigError("multifaceted.members: 'all' takes every picture for one class's; name that class in `classes`")
         features, predicted = self._features(ctx)

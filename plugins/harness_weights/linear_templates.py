@@ -80,6 +80,13 @@ def affine(model: LoadedModel, probes: Tensor) -> tuple[Tensor, Tensor, float]:
 
     NotApplicable when the scores are not such a function.
     """
+    from harness.device import full_precision
+
+    with full_precision(model.device):  # in a lower one rounding is more than what tells lines from curves
+        return _affine(model, probes)
+
+
+def _affine(model: LoadedModel, probes: Tensor) -> tuple[Tensor, Tensor, float]:
     import torch
 
     refusal = f"needs scores that are a linear function of the pixels; those of {model.name!r} are not"

@@ -140,6 +140,109 @@ def test_verify_notices_other_data_weights_and_numbers():
         assert any(p.startswith(word) for p in differences(run(), run(**change), 1e-4)), change
 
 
+def test_verify_reads_tables_failures_and_every_picture():
+    from harness.cli.verify import check, differences
+
+    def run(sha, rows, **change):
+        artifact = {"name": "answers", "sha256": sha, "summary": {}}
+        metric = {"name": "hits", "value": 0.5, "per_image": [0.0, 1.0]}
+        base = {"status": "finished", "key": "k", "metrics": [metric], "artifacts": [artifact]}
+        return {**base, "tables": {"answers": {"columns": ["name", "chance"], "rows": rows}}, **change}
+
+    def told(new, old=None):
+        old = old or run("1", [["cat", 0.7], ["dog", 1e-9]])
+        return differences(old, new, 1e-4, new["tables"])
+
+    # other bits of a table on another machine are no difference, other numbers and words are
+    assert told(run("2", [["cat", 0.70001], ["dog", 1.1e-9]])) == ["within tolerance, other bits in answers"]
+    for rows in ([["cat", 0.71], ["dog", 1e-9]], [["car", 0.7], ["dog", 1e-9]], [["cat", 0.7]], [["cat", None], ["dog", 1e-9]]):
+        assert told(run("2", rows)) == ["differs: the table 'answers'"], rows
+    # what is claimed is compared, not only its hash
+    assert told(run("1", [["cat", 0.7], ["dog", 1e-9]]), run("1", [["cat", 0.9], ["dog", 1e-9]])) == ["differs: the table 'answers'"]
+    other = run("1", [["cat", 0.7], ["dog", 1e-9]], metrics=[{"name": "hits", "value": 0.5, "per_image": [1.0, 0.0]}])
+    assert told(other) == ["differs: the values of 'hits', picture by picture"]
+    for value in (float("nan"), float("inf")):
+        odd = run("1", [["cat", 0.7], ["dog", 1e-9]], metrics=[{"name": "hits", "value": value, "per_image": [0.0, 1.0]}])
+        assert told(run("1", [["cat", 0.7], ["dog", 1e-9]]), odd)[0].startswith("differs: hits was")
+    for wrong in ("0.5", True, [1]):
+        with pytest.raises(ValueError, match="number"):
+            check(run("1", [], metrics=[{"name": "hits", "value": wrong}]))
+    # a failure is no result that could be the same
+    failed = {"status": "failed", "key": "k", "metrics": [], "artifacts": [], "tables": {}, "error": {"message": "no memory"}}
+    assert told(failed, failed) == ["failed as before: no memory"]
+    assert told({**failed, "error": {"message": "broken"}}, failed) == ["failed: broken; before: no memory"]
+    kept = {**failed, "status": "not_applicable", "error": {"message": "needs labels"}}
+    assert told(kept, kept) == ["same bits"]
+    assert told({**kept, "error": {"message": "needs maps"}}, kept) == ["differs: was not_applicable as 'needs labels', is as 'needs maps'"]
+
+
+def test_a_report_of_nothing_is_not_verified(cli, tmp_path):
+    (tmp_path / "report.json").write_text('{"runs": []}')
+    assert "it reports no runs" in cli("verify", ".", code=2)[1]
+
+
+def test_a_format_that_fails_costs_no_other(cli, tmp_path, monkeypatch):
+    from harness.errors import StorageError
+    from harness_reports import document
+
+    words = ["run", "-m", "digits_linear", "-d", "digits_test", "--limit", "3", "-t", "predictions"]
+    cli(*words)
+    cli("report", "runs", "-o", "r")
+    old = (tmp_path / "r" / "report.json").read_bytes()
+
+    def fails(*_, **__):
+        raise StorageError("the PDF needs Pango")
+
+    monkeypatch.setattr(document.PdfReport, "render", fails)
+    cli(*words, "-t", "saliency", "-p", "saliency.values=signed")
+    out, err = cli("report", "runs", "-o", "r", code=2)
+    assert out.split() == ["r/report.html", "r/report.json"] and "needs Pango" in err
+    assert (tmp_path / "r" / "report.json").read_bytes() != old
+    assert not (tmp_path / "r" / "report.pdf").exists()  # that of the runs before
+
+
+def test_missing_weights_of_a_second_network_cost_one_run(cli, tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "models:\n  absent: {builder: 'harness.nets:DigitsCNN', weights: 'file:none.safetensors', classes: digits, input: {channels: 1, size: 8}}\n"
+    )
+    words = ["-r", "r.yaml", "run", "-m", "digits_cnn", "-d", "digits_test", "--limit", "3", "-t", "transfer_matrix", "-t", "predictions"]
+    out, err = cli(*words, "-p", "transfer_matrix.models=[absent]", code=2)
+    assert "1 of 2 runs finished" in out
+    assert "transfer_matrix on digits_cnn, digits_test: FAILED: weights of 'absent' are not here" in err
+    alone = [w for w in words if w != "predictions"][:-1]
+    assert "weights of 'absent' are not here" in cli(*alone, "-p", "models=[absent]", code=2)[1]
+
+
+def test_the_command_line_chooses_pictures_in_place_of_the_file(cli, tmp_path):
+    text = "name: some\nmodels: [digits_linear]\ndatasets: [digits_test]\ntechniques: [predictions]\n"
+    (tmp_path / "limit.yaml").write_text(text + "limit: 6\n")
+    (tmp_path / "select.yaml").write_text(text + "select: [0, 1, 2, 3]\n")
+    for file, choice, count in (("limit", ["--select", "0,3"], 2), ("select", ["--limit", "3"], 3)):
+        cli("run", f"{file}.yaml", *choice)
+        cli("report", "some", "--format", "json", "-o", file)
+        (run,) = json.loads((tmp_path / file / "report.json").read_text())["runs"]
+        assert len(run["tables"]["answers"]["rows"]) == count
+        assert (run["spec"]["limit"] is None) != (run["spec"]["select"] is None)
+    (tmp_path / "both.yaml").write_text(text + "limit: 6\nselect: [0]\n")
+    assert "limit and select both choose pictures" in cli("run", "both.yaml", code=2)[1]
+
+
+def test_names_that_are_not_utf8_can_be_stored(cli, tmp_path):
+    import os
+
+    for name in (b"caf\xe9", b"tea"):
+        os.makedirs(os.fsencode(tmp_path / "pics") + b"/" + name)
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 255, (12, 12), dtype=np.uint8)
+            with open(os.fsencode(tmp_path / "pics") + b"/" + name + b"/%d\xe9.png" % i, "wb") as file:
+                Image.fromarray(pixels).save(file, "png")
+    cli("run", "-m", "digits_cnn", "-d", "./pics", "-t", "pca_map")
+    with open(os.fsencode(tmp_path / "pics") + b"/tea/3\xe9.png", "wb") as file:
+        file.write(b"no picture")
+    _, err = cli("run", "-m", "digits_cnn", "-d", "./pics", "-t", "pca_map", code=2)
+    assert "3\\xe9.png" in err or "3\\udce9.png" in err
+
+
 def test_the_command_kept_has_no_store_in_it():
     """An address may hold a password, and a report goes to others."""
     from harness.cli.main import State
@@ -433,6 +536,24 @@ def test_what_was_trained_is_found_by_the_registry_beside_it(cli, tmp_path):
     assert "1 of 1 runs finished" in out
     out, _ = cli("-r", "made/mine.yaml", "show", "mine")
     assert "2 named classes" in out
+
+
+def test_a_test_folder_without_some_classes_is_measured_by_the_networks(registry, tmp_path):
+    from harness import train as trainer
+    from harness.registry import RecipeEntry
+
+    for place, names in (("train", "abc"), ("test", "ac")):
+        for i, name in enumerate(names):
+            (tmp_path / place / name).mkdir(parents=True)
+            Image.new("L", (8, 8), 50 * i).save(tmp_path / place / name / "x.png")
+    words = {"builder": "harness.nets:DigitsCNN", "epochs": 1, "input": {"channels": 1, "size": 8}}
+    recipe = RecipeEntry(dataset=str(tmp_path / "train"), test_dataset=str(tmp_path / "test"), **words)
+    data, test = trainer._datasets("r", recipe, registry)
+    assert trainer._pixels(test, recipe, data.classes, "cpu")[1].tolist() == [0, 2]
+    with pytest.raises(Exception, match="needs datasets with labels for its classes"):
+        trainer._datasets(
+            "r", recipe.model_copy(update={"dataset": str(tmp_path / "test"), "test_dataset": str(tmp_path / "train")}), registry
+        )
 
 
 def test_a_training_that_diverges_leaves_what_is_there(cli, tmp_path):

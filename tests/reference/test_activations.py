@@ -186,7 +186,7 @@ def test_one_class_and_single_pictures(digits_cnn, registry):
 
     data = load_dataset("digits", registry)
     zeros = data.select(indices=np.flatnonzero(data.labels == 0)[:6].tolist())
-    with pytest.raises(ConfigError, match="one class only"):
+    with pytest.raises(NotApplicable, match="those of one only"):
         run_once(ChannelProbe(), digits_cnn, zeros)
     result = run_once(ChannelProbe(), digits_cnn, small_dataset(10))
     assert "10 of 10 classes have too few pictures for two halves" in result.notes[0]

@@ -100,7 +100,7 @@ def test_hidden_units_and_a_pictures_own_code(digits_cnn, digits):
     assert {m.name: m.value for m in result.metrics}["risen"] == 1.0
     assert [row[0] for row in table(result, "units").rows] == ["features.1, channel 0", "features.1, channel 3"]
     name = digits.ids[2]
-    start = run_once(DeepGenerator(classes=(3,), steps=0, start=name), digits_cnn, digits)
+    start = run_once(DeepGenerator(classes=(3,), steps=0, start=f"{digits.name}:{name}"), digits_cnn, digits)
     own = torch.from_numpy(digits.pictures(digits_cnn.input, 2, 3)).permute(0, 3, 1, 2).float() / 255
     error = float((torch.tensor(table(start, "pictures").data) - own).square().mean())
     assert error < 0.03  # its inversion
@@ -118,7 +118,7 @@ def test_bad_input_is_named(digits_cnn, digits, registry):
     for params, message in (
         ({"generator": "digit_cnn_code"}, "no generator 'digit_cnn_code'; did you mean 'digits_cnn_code'"),
         ({"layer": "features.1", "channels": (99,)}, "channels 0 to 15"),
-        ({"start": "nothing"}, "the dataset has no picture 'nothing'"),
+        ({"start": "digits:nothing"}, "dataset 'digits' has no picture 'nothing'"),
         ({"classes": ("eleven",)}, "no class 'eleven'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -11,7 +11,7 @@ from captum.influence import SimilarityInfluence
 from captum.influence._core.similarity_influence import euclidean_distance
 from sklearn.neighbors import NearestNeighbors as SklearnNeighbors
 
-from harness import ConfigError
+from harness import NotApplicable
 from harness.context import to_images
 from harness.datasets import load_dataset
 from harness.testing import run_once, small_dataset
@@ -191,8 +191,13 @@ def test_features_that_are_not_numbers_are_told(registry):
 
 
 def test_too_few_pictures(digits_cnn):
-    with pytest.raises(ConfigError, match="5 neighbours need more than 5 pictures"):
-        run_once(NearestNeighbors(), digits_cnn, small_dataset(5))
+    """A folder of five has four neighbours each; what was asked for was a profile's number."""
+    result = run_once(NearestNeighbors(), digits_cnn, small_dataset(5))
+    assert result.notes[0] == "4 neighbours and not 5, as there are 5 pictures"
+    arrays = next(a for a in result.artifacts if a.name == "neighbours")
+    assert arrays.data["features.indices"].shape == (5, 4)
+    with pytest.raises(NotApplicable, match="at least two pictures"):
+        run_once(NearestNeighbors(), digits_cnn, small_dataset(1))
 
 
 def test_without_labels_there_are_neighbours_but_no_precision(digits_cnn):

@@ -384,3 +384,27 @@ def test_masks_that_do_not_fit(tmp_path):
         data.masks(InputSpec(channels=1, size=20))
     with pytest.raises(DataError, match="no mask in .* has the name of a picture"):
         masked(tmp_path / "x", {"three.png": np.zeros((40, 60), np.uint8)})
+
+
+def test_linked_and_unreadable_folders_are_not_left_out(tmp_path, registry, monkeypatch):
+    import os
+
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (elsewhere, tmp_path / "pics" / "cats"):
+        folder.mkdir(parents=True)
+        Image.new("L", (8, 8), len(str(folder))).save(folder / "a.png")
+    (tmp_path / "pics" / "dogs").symlink_to(elsewhere)
+    (tmp_path / "pics" / "cats" / "loop").symlink_to(tmp_path / "pics")
+    data = load_dataset(str(tmp_path / "pics"), registry)
+    assert list(data.classes) == ["cats", "dogs"]
+    assert list(data.ids) == ["cats/a.png", "dogs/a.png"]
+    real = os.scandir
+
+    def closed(path):
+        if str(path).endswith("dogs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match="dogs: Permission denied"):
+        load_dataset(str(tmp_path / "pics"), registry)
