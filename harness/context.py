@@ -422,5 +422,5 @@ def to_images(pixels: Any, device: torch.device, dtype: torch.dtype = torch.floa
 
 def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory")
+        text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     )

@@ -107,7 +107,8 @@ def silence(output: Tensor, behind: bool = False) -> tuple[Tensor, Tensor, int]:
     `behind` says that channels come last in (N, H, W, C) as well."""
     import torch
 
-    others = (0, 1, 2) if behind else {4: (0, 2, 3), 3: (0, 1), 2: (0,)}[output.ndim]
+    # Of five and more dimensions, as windows of attention have, channels come last.
+    others = (0, 2, 3) if output.ndim == 4 and not behind else tuple(range(output.ndim - 1))
     return torch.count_nonzero(output <= 0), output.amax(others), output.numel()
 
 

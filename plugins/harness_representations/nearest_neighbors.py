@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import model_validator
 
 from harness import Arrays, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique, Use
 from harness.artifacts import Artifact
@@ -50,6 +51,14 @@ class NearestNeighbors(Technique):
     engine: Engine = Param(
         "auto", description="what searches: faiss, blocks of matrix products, or faiss when it is installed; same answer"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NearestNeighbors:
+        from importlib.util import find_spec
+
+        if self.engine == "faiss" and not find_spec("faiss"):
+            raise ValueError("engine=faiss is not installed; install the extra 'faiss', or leave it to `auto`")
+        return self
 
     def uses(self) -> tuple[Use, ...]:
         return (Use("features", {"layer": self.layer}),)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 
 from harness import Arrays, Metric, Paper, Param, Result, Table, Technique, Use
 
@@ -48,6 +49,16 @@ class TsneMap(Technique):
         "auto", description="what makes the map; auto: scikit-learn, and openTSNE from 20,000 pictures on when it is installed"
     )
     pictures: int = Param(60, ge=0, le=500, description="pictures drawn on the map at most, where they fit")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TsneMap:
+        from importlib.util import find_spec
+
+        if min(self.perplexity) <= 0:
+            raise ValueError("perplexity must be above zero")
+        if self.engine == "openTSNE" and not find_spec("openTSNE"):
+            raise ValueError("engine=openTSNE is not installed; install the extra 'tsne', or leave it to `auto`")
+        return self
 
     def uses(self) -> tuple[Use, ...]:
         return (Use("features", {"layer": self.layer}),)

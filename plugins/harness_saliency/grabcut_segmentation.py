@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 
 from harness import ConfigError, EveryMap, Heatmaps, Images, Metric, NotApplicable, Paper, Param, Result, TargetSpec, Technique
 
@@ -70,12 +71,16 @@ class GrabcutSegmentation(Technique):
 
     whole: bool = Param(True, description="drop pieces of the cut that hold no seed of the object, and fill holes")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> GrabcutSegmentation:
+        if self.background >= self.foreground:
+            raise ValueError("`background` must lie below `foreground`")
+        return self
+
     def uses(self) -> list[EveryMap]:
         return [EveryMap(self.target, self.maps)]
 
     def run(self, ctx: Context) -> Result:
-        if self.background >= self.foreground:
-            raise ConfigError("grabcut_segmentation: `background` must lie below `foreground`")
         maps = self.smoothed(ctx)
         pixels = (ctx.images.cpu().float().numpy().transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
         pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels

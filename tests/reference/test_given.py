@@ -281,3 +281,29 @@ def test_memory_that_runs_out_is_no_refusal(digits_cnn, monkeypatch):
     monkeypatch.setattr(LoadedModel, "__call__", out)
     with pytest.raises(torch.OutOfMemoryError):
         refuses(digits_cnn, 16)
+
+
+def test_a_linear_head_before_the_pooling_takes_channels_last():
+    model = wrapped(Tokens())
+    x = torch.rand((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert model.embedding(x).shape == (2, 6)
+
+    class Late(Tokens):
+        def forward(self, x):
+            x = self.last(self.tokens(self.cut(x).flatten(2).transpose(1, 2)).unflatten(1, (4, 4)))
+            return self.head(x).mean((1, 2))
+
+    late = wrapped(Late())
+    assert torch.allclose(late.embedding(x), late.activations(x, ["last"])["last"].mean((1, 2)))
+
+
+def test_settings_that_cannot_be_are_told_before_what_they_build_on():
+    from harness_representations import NearestNeighbors, TsneMap
+
+    with pytest.raises(ConfigError, match="perplexity must be above zero"):
+        TsneMap.build({"perplexity": [30, -5]})
+    for technique, engine in ((TsneMap, "openTSNE"), (NearestNeighbors, "faiss")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda _: None)
+            with pytest.raises(ConfigError, match=f"engine={engine} is not installed; install the extra"):
+                technique.build({"engine": engine})

@@ -252,4 +252,4 @@ def test_what_cannot_be(digits_cnn, plugins):
     with pytest.raises(NotApplicable, match=r"guided_backprop: needs ReLU.*name another in `maps`"):
         GrabcutSegmentation().run(ctx)
     with pytest.raises(ConfigError, match="must lie below"):
-        GrabcutSegmentation(background=0.96).run(ctx)
+        GrabcutSegmentation.build({"background": 0.96})
