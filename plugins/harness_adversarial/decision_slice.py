@@ -36,6 +36,7 @@ class DecisionSlice(Technique):
 
     name = "decision_slice"
     family = "adversarial"
+    version = 2
     paper = Paper("Moosavi-Dezfooli, Fawzi, Fawzi, Frossard", 2017, "Universal adversarial perturbations", arxiv="1610.08401")
     needs = frozenset({"images", "classifier"})
     reading = (

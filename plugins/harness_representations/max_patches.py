@@ -27,6 +27,7 @@ class MaxPatches(Technique):
 
     name = "max_patches"
     family = "representations"
+    version = 2
     paper = Paper("Girshick, Donahue, Darrell, Malik", 2014, "Rich feature hierarchies", arxiv="1311.2524")
     needs = frozenset({"dataset", "conv"})
     reading = (

@@ -23,6 +23,7 @@ class ReceptiveField(Technique):
 
     name = "receptive_field"
     family = "representations"
+    version = 2
     paper = Paper(
         "Luo, Li, Urtasun, Zemel",
         2016,

@@ -24,6 +24,7 @@ class GuidedPatches(Technique):
 
     name = "guided_patches"
     family = "saliency"
+    version = 2
     paper = Paper(
         "Springenberg, Dosovitskiy, Brox, Riedmiller", 2015, "Striving for Simplicity: The All Convolutional Net", arxiv="1412.6806"
     )
