@@ -190,8 +190,10 @@ class LoadedModel:
             value = self.activations(images, [layer])[layer]
         if value.ndim == 4:
             # A linear layer takes channels last; what it gives is pooled afterwards.
-            head = isinstance(self.modules[hooks.split_call(self.last_map)[0]], nn.Linear)
-            behind = head if layer == "penultimate" else self.full_name(layer) in self.channels_behind
+            if layer == "penultimate":
+                behind = isinstance(self.modules[hooks.split_call(self.last_map)[0]], nn.Linear)
+            else:
+                behind = self.full_name(layer) in self.channels_behind
             return value.mean((1, 2) if behind else (2, 3))
         return value.mean(1) if value.ndim == 3 else value.flatten(1)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,9 +78,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         made = Path(room) / "whole"
         made.mkdir()
         yield made
-        if path.exists():
-            shutil.rmtree(path)
-        made.rename(path)
+        with suppress(OSError):  # what was there is out of the way at once, and goes with the room
+            path.rename(Path(room) / "before")
+        try:
+            made.rename(path)
+        except OSError:
+            if not path.is_dir():  # else another process was quicker, with the same
+                raise
 
 
 def _umask() -> int:

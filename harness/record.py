@@ -88,9 +88,9 @@ class ErrorFacts(_Part):
 
     @field_validator("message", "traceback", mode="before")
     @classmethod
-    def _storable(cls, text: str) -> str:
+    def _storable(cls, text: Any) -> Any:
         """File names that are not UTF-8 stand in messages, and text that is stored must be."""
-        return text.encode("utf-8", "backslashreplace").decode()
+        return text.encode("utf-8", "backslashreplace").decode() if isinstance(text, str) else text
 
 
 class Record(_Part):

@@ -162,6 +162,8 @@ class Runner:
             "harness": MINOR,
             "uses": [[use.label, u.key] for use, u in uses],
         }
+        if any(word in str(getattr(technique, "target", "")) for word in ("channel:", "neuron:")):
+            parts["units"] = "channels first"  # also where a layer has them last, which earlier results took otherwise
         further = self._further(technique, spec.model)
         if further:
             parts["further"] = further

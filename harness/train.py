@@ -39,6 +39,11 @@ def train(
     """
     from safetensors.torch import save_file
 
+    entry_file = folder / f"{name}.yaml"
+    if entry_file.resolve() in {path.resolve() for path in registry.files}:
+        raise ConfigError(
+            f"{entry_file} is a registry in use, and what is trained would be written over it; choose another --name or --output"
+        )
     if name in registry.generator_recipes:
         from .train_generator import train_generator
 
@@ -107,7 +112,7 @@ def train(
         "classes": recipe.classes or list(data.classes),
         "input": recipe.input.model_dump(mode="json", exclude_none=True),
     }
-    with writing(folder / f"{name}.yaml") as temporary:
+    with writing(entry_file) as temporary:
         temporary.write_text(yamlfile.written({"models": {name: written}}))
     return path, card
 

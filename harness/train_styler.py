@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -94,17 +93,20 @@ def task_of(recipe: StylerRecipe, registry: Registry, device: str, encoder: Load
 
 
 def crops(
-    data: Dataset, count: int, size: int, channels: int, device: torch.device, seed: int = 0, start: int = 0, shown: float | None = None
-) -> Iterator[Tensor]:
+    data: Dataset, count: int, size: int, channels: int, device: torch.device, seed: int = 0, start: int = 0, shown: float | None = None,
+    lenient: bool = False,
+) -> Iterator[Tensor]:  # fmt: skip
     """Batches (count, channels, size, size) of random crops of random pictures, mirrored by chance: the k-th is the same in any run.
 
     With `shown` a crop shows from that share of the picture's shorter side to all of it; without, the picture is made smaller by a
-    factor from 0.3 to 1 first, whatever its size. In place of a picture that cannot be read another is taken, with a warning.
+    factor from 0.3 to 1 first, whatever its size. `lenient` takes another in place of a picture that cannot be read, with a warning.
     """
 
     def batch(step: int) -> np.ndarray:
         random = np.random.default_rng(stable_seed("crops", seed, step))
-        found = [_crop(_opened(data, i, random), size, channels, random, shown) for i in random.integers(0, len(data), count).tolist()]
+        found = [
+            _crop(_opened(data, i, random, lenient), size, channels, random, shown) for i in random.integers(0, len(data), count).tolist()
+        ]
         return np.stack(found)
 
     with ThreadPoolExecutor(1) as pool:  # the next is opened while the caller works on this one
@@ -116,9 +118,9 @@ def crops(
             yield to_images(found, device)
 
 
-def _opened(data: Dataset, place: int, random: np.random.Generator) -> Image.Image:
+def _opened(data: Dataset, place: int, random: np.random.Generator, lenient: bool) -> Image.Image:
     """The picture in a place, or where it cannot be read another: a day's training does not end at one broken file."""
-    left = TRIES
+    left = TRIES if lenient else 1
     while True:
         try:
             return data.get(place)
@@ -167,7 +169,7 @@ def train_styler(
         kind = device_kind(device)
         task = task_of(recipe, registry, kind)
         module, args, names, first = _network(recipe, registry, task.encoder.input.channels, names, kind)
-        history = fit(module, task, recipe, data, first, folder / f"{name}.state.safetensors", report)
+        history = fit(module, task, recipe, data, first, folder / f"{name}.state.safetensors", report, lenient=True)
     path = folder / f"{name}.safetensors"
     with writing(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, temporary)
@@ -192,10 +194,7 @@ def train_styler(
     if not recipe.base:  # by whose losses fast and slow are compared; it counts its styles as the network does
         entry["recipe"] = name
         own = recipe.model_dump(mode="json", exclude_defaults=True)
-        own["styles"], own["style_names"] = (
-            [_kept(s, recipe.folder, folder, f"{name}-style-{i}") for i, s in enumerate(recipe.styles)],
-            names,
-        )
+        own["styles"], own["style_names"] = _kept(recipe, folder, name), names
         registry_file["styler_recipes"] = {name: own}
     with writing(folder / f"{name}.yaml") as temporary:
         temporary.write_text(yamlfile.written(registry_file))
@@ -203,16 +202,16 @@ def train_styler(
     return path, card
 
 
-def _kept(style: str, start: Path, folder: Path, name: str) -> str:
-    """The name of a style's picture in a registry in `folder`: a file is copied there, so that the folder can be moved."""
-    if picture_place(style):
-        return style
-    source = start / Path(style).expanduser()
-    target = folder / f"{name}{source.suffix.lower()}"
-    if source.resolve() != target.resolve():
-        with writing(target) as temporary:
-            shutil.copyfile(source, temporary)
-    return target.name
+def _kept(recipe: StylerRecipe, folder: Path, name: str) -> list[str]:
+    """The names of the styles' pictures in a registry in `folder`: files are copied there, so that the folder can be moved."""
+    files = {i: recipe.folder / Path(s).expanduser() for i, s in enumerate(recipe.styles) if not picture_place(s)}
+    contents = {i: path.read_bytes() for i, path in files.items()}  # all before any is written: they may lie there in another order
+    found = list(recipe.styles)
+    for i, content in contents.items():
+        found[i] = f"{name}-style-{i}{files[i].suffix.lower()}"
+        with writing(folder / found[i]) as temporary:
+            temporary.write_bytes(content)
+    return found
 
 
 def _names(recipe: StylerRecipe) -> list[str]:
@@ -265,6 +264,7 @@ def fit(
     first: int = 0,
     state: Path | None = None,
     report: Report | None = None,
+    lenient: bool = False,
 ) -> dict[str, list[float]]:
     """Train in place; {loss: (steps,)}. Of a network that knows `first` styles already only the rows of the others change.
 
@@ -289,7 +289,7 @@ def fit(
     history: dict[str, list[float]] = {"content": [], "style": [], "variation": []}
     done = _taken_up(state, training, module, optimisers, history) if state is not None else 0
     recent: list[Tensor] = []
-    batches = crops(data, recipe.batch_size, recipe.crop, task.encoder.input.channels, device, recipe.seed, done, recipe.shown)
+    batches = crops(data, recipe.batch_size, recipe.crop, task.encoder.input.channels, device, recipe.seed, done, recipe.shown, lenient)
     for step in range(done, recipe.steps):
         contents = next(batches)
         random = np.random.default_rng(stable_seed("styles", recipe.seed, step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,8 @@ def write_reports(
         try:
             written.append(plugins.get("renderers", kind).render(report, folder))
         except HarnessError as error:
-            (folder / f"report.{kind}").unlink(missing_ok=True)  # an older one tells of other runs
+            with suppress(OSError):
+                (folder / f"report.{kind}").unlink()  # an older one tells of other runs
             problems.append(error)
     if problems:
         for path in written:

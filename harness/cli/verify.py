@@ -59,7 +59,7 @@ def command(state: State, folder: Path, tolerance: float, device: str | None) ->
         click.echo(f"warning: the report was made with {given}; if you trust it, run `harness {given} verify {folder}`", err=True)
     if device:
         specs = [spec.model_copy(update={"device": device}) for spec in specs]
-    different = 0
+    different = failed = 0
     with tempfile.TemporaryDirectory(prefix="harness-verify-") as root:
         # A store of its own: nothing is reused, nothing of the user's is touched.
         store = Path(root)
@@ -68,10 +68,14 @@ def command(state: State, folder: Path, tolerance: float, device: str | None) ->
             tables = {a.name: outcome.run.artifact(a.name) for a in outcome.run.record.artifacts if a.kind == "table"}
             made = {name: {"columns": t.columns, "rows": t.rows} for name, t in tables.items() if isinstance(t, Table)}
             problems = differences(claim, json.loads(outcome.run.record.model_dump_json()), tolerance, made)
-            different += any(p.startswith(("differs", "failed")) for p in problems)
+            different += any(p.startswith(("differs", "failed:")) for p in problems)
+            failed += outcome.failed
             click.echo(f"{outcome.spec.label()}: {'; '.join(problems)}")
     click.echo(f"{len(claims) - different} of {len(claims)} runs as the report claims")
-    return 1 if different else 0
+    return 1 if different or failed else 0
+
+
+LARGEST = 1e100  # whose square is a number still
 
 
 def check(claim: dict[str, Any]) -> None:
@@ -85,11 +89,18 @@ def check(claim: dict[str, Any]) -> None:
             values += numbers
     if any(isinstance(v, bool) or not (v is None or isinstance(v, int | float)) for v in values):
         raise ValueError("a metric is a number")
+    for table in claim.get("tables", {}).values():
+        for row in table["rows"]:
+            if len(row) != len(table["columns"]) or not all(v is None or isinstance(v, str | int | float) for v in row):
+                raise ValueError("a row has a text or a number for each column")
+            values += row
+    if any(isinstance(v, int | float) and abs(v) > LARGEST for v in values if not isinstance(v, float) or math.isfinite(v)):
+        raise ValueError("a number is too large to be compared")
 
 
 def differences(claim: dict[str, Any], record: dict[str, Any], tolerance: float, tables: Mapping[str, Any] | None = None) -> list[str]:
-    """What a new run, its record and its tables, has in common with a reported one, in words; those that begin with 'differs' or 'failed'
-    count."""
+    """What a new run, its record and its tables, has in common with a reported one, in words; those that begin with 'differs' or
+    'failed:' count."""
     if claim["status"] != record["status"]:
         return [f"differs: was {claim['status']}, is {record['status']}"]
     was, now = ((r.get("error") or {}).get("message", "") for r in (claim, record))
@@ -113,7 +124,7 @@ def differences(claim: dict[str, Any], record: dict[str, Any], tolerance: float,
     each, every = ({m["name"]: m.get("per_image") or [] for m in r["metrics"]} for r in (claim, record))
     found += [
         f"differs: the values of {name!r}, picture by picture"
-        for name in each.keys() & every.keys()
+        for name in sorted(each.keys() & every.keys())
         if not column_near(each[name], every[name], tolerance)
     ]
     before, after = ({a["name"]: a for a in r["artifacts"]} for r in (claim, record))
@@ -124,7 +135,11 @@ def differences(claim: dict[str, Any], record: dict[str, Any], tolerance: float,
     shown, tables = claim.get("tables", {}), tables or {}
     apart = [n for n in shown.keys() & tables.keys() if not table_near(shown[n], tables[n], tolerance)]
     found += [f"differs: the table {name!r}" for name in sorted(apart)]
-    others = [n for n in changed if n not in shown and not close(before[n].get("summary", {}), after[n].get("summary", {}), tolerance)]
+    others = [
+        n
+        for n in changed
+        if n not in shown.keys() & tables.keys() and not close(before[n].get("summary", {}), after[n].get("summary", {}), tolerance)
+    ]
     found += [f"differs: the numbers of {name!r} (mean, size) are not within {tolerance:g}" for name in others]
     apart += others
     if not changed:

@@ -8,7 +8,7 @@ from harness import ConfigError, Curve, Images, Paper, Param, Result, Table, Tec
 from harness.technique import Further
 
 from .attacks import Attack, Norm, attack, in_255ths, perturbed, project, success
-from .shared import AMPLIFIED, check_alike, fitted, in_full_precision, interval, rate, second, tell_difference
+from .shared import AMPLIFIED, check_alike, fitted, in_full_precision, interval, rate, resampled, second, tell_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,8 +140,10 @@ class AttackCurve(Technique):
                 todo = np.flatnonzero(right & ~found[k])
                 for i, picture, hit in self._tried(ctx, labels, todo, plan, eps):
                     found[k, i] = hit
-                    if hit and i not in pictures and len(pictures) < SHOWN:
+                    if hit and i not in pictures:
                         pictures[i] = picture.clone()  # not a view, which would hold the whole batch
+                        if len(pictures) > SHOWN:
+                            del pictures[max(pictures)]
                 done += 1
                 ctx.report("budgets", done, total)
             lost[plan.name] = found
@@ -229,7 +231,9 @@ class AttackCurve(Technique):
                 pictures = fitted(images[rows], other.input.size)
                 made = perturbed(other, pictures, own[rows], iterated[0], eps, ctx.draws([ctx.ids[i] for i in todo[rows]]))
                 # Changes of pictures of another size are brought to this one's, within the same budget.
-                return made if made.shape[-1] == size else project(images[rows] + fitted(made - pictures, size), images[rows], eps, norm)
+                if made.shape[-1] == size:
+                    return made
+                return project(images[rows] + resampled(made - pictures, size), images[rows], eps, norm)
 
             made = torch.cat(list(ctx.batched(len(todo), theirs)))
             more = int((ctx.logits(made).argmax(1) != own).sum())

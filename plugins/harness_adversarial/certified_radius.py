@@ -32,6 +32,7 @@ class CertifiedRadius(Technique):
 
     name = "certified_radius"
     family = "adversarial"
+    version = 2
     paper = Paper("Cohen, Rosenfeld, Kolter", 2019, "Certified Adversarial Robustness via Randomized Smoothing", arxiv="1902.02918")
     needs = frozenset({"images", "classifier"})
     reading = (

@@ -68,11 +68,14 @@ def tell_difference(delta: Tensor, factor: int) -> str:
 
 def fitted(images: Tensor, size: int) -> Tensor:
     """Pictures as another model takes them: as they are, or resized."""
+    return images if images.shape[-1] == size else resampled(images, size).clamp(0, 1)
+
+
+def resampled(values: Tensor, size: int) -> Tensor:
+    """Values of any sign (N, C, H, W) at another size (N, C, size, size)."""
     import torch.nn.functional as F
 
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    return F.interpolate(values, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def check_alike(model: LoadedModel, other: LoadedModel, where: str) -> None:

@@ -19,6 +19,7 @@ class Features(Technique):
 
     name = "features"
     family = "representations"
+    version = 2
     needs = frozenset({"dataset"})
     reading = "Not drawn: neighbours, maps and geometry are computed from it."
 

@@ -34,7 +34,7 @@ class Occlusion(Technique):
 
     name = "occlusion"
     family = "saliency"
-    version = 2
+    version = 3
     paper = Paper("Zeiler, Fergus", 2014, "Visualizing and Understanding Convolutional Networks", arxiv="1311.2901")
     needs = frozenset({"images"})
     attribution = "occlusion"
@@ -176,7 +176,12 @@ class Occlusion(Technique):
         height, width = incremental.boxes.size
         found: list[Any] = []
         for i in range(len(x)):
-            clean = incremental.clean(x[i : i + 1])
+            try:
+                clean = incremental.clean(x[i : i + 1])
+            except Exception as error:
+                if i or out_of_memory(error):
+                    raise
+                return None
 
             def some(rows: slice, i: int = i, clean: Any = clean) -> tuple[Tensor, Tensor | None]:
                 contents = x.new_empty((rows.stop - rows.start, x.shape[1], height, width))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from harness import Curve, EveryMap, Heatmaps, Metric, NotApplicable, Paper, Param, Result, Table, TargetSpec, Technique
+from harness import Curve, EveryMap, HarnessError, Heatmaps, Metric, NotApplicable, Paper, Param, Result, Table, TargetSpec, Technique
 from harness.datasets import evenly
 
 from .faithfulness import PROFILE
@@ -84,7 +84,7 @@ class SanityChecks(Technique):
                 try:
                     found: Any = ctx.again(name, model=mixed, target=target, rows=rows)
                     values: Any = found[ctx.used[name].technique.attribution]
-                except Exception as reason:  # of one map, which must not cost the others; a random network gives what no other does
+                except (HarnessError, ValueError, RuntimeError) as reason:  # a random network gives numbers that no other does
                     if out_of_memory(reason):
                         raise
                     lost[name] = str(reason) or type(reason).__name__

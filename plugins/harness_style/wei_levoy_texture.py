@@ -6,7 +6,7 @@ import numpy as np
 
 from harness import ConfigError, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .pictures import eight_bits, read_all
+from .pictures import eight_bits
 from .wei_levoy import Search, memory, synthesise
 
 if TYPE_CHECKING:
@@ -59,7 +59,17 @@ class WeiLevoyTexture(Technique):
         costs: list[float] = []
         notes: list[str] = []
         refused: list[str] = []
-        read_all(ctx)
+        there = physical_memory()
+        for number, name in enumerate(ctx.ids):  # of all, before work is put into one
+            picture = ctx.dataset.get(number)
+            scale = min(1.0, self.sample_size / max(picture.size))
+            width, height = (max(1, round(n * scale)) for n in picture.size)
+            needed = memory((height, width, 3 if picture.mode == "RGB" else 1), self.size, self.size, window, self.levels)
+            if needed > there:
+                raise ConfigError(
+                    f"wei_levoy_texture.sample_size: windows of {window} of {name}, {width} x {height}, need about "
+                    f"{needed / 2**30:.0f} GB of memory, and there are {there / 2**30:.0f}; use a smaller sample_size, window or size"
+                )
         for number, name in enumerate(ctx.ids, 1):
             picture = ctx.dataset.get(number - 1)
             pixels = at_size(picture, min(self.sample_size, max(picture.size)), 3 if picture.mode == "RGB" else 1)
@@ -71,12 +81,6 @@ class WeiLevoyTexture(Technique):
                 size = f"{sample.shape[1]} x {sample.shape[0]}"
                 refused.append(f"{name}: a sample of {size} pixels holds too few windows of {window}; use a smaller window")
                 continue
-            needed, there = memory(sample.shape, self.size, self.size, window, levels), physical_memory()
-            if needed > there:
-                raise ConfigError(
-                    f"wei_levoy_texture.sample_size: windows of {window} of {name}, {sample.shape[1]} x {sample.shape[0]}, need about "
-                    f"{needed / 2**30:.0f} GB of memory, and there are {there / 2**30:.0f}; use a smaller sample_size, window or size"
-                )
             if levels < self.levels:
                 notes.append(f"{name}: {levels} levels, as the sample is small")
             sheet = [eight_bits(torch.from_numpy(sample).permute(2, 0, 1)[None])]

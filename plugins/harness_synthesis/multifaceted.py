@@ -177,9 +177,10 @@ class Multifaceted(Technique):
             way = "labelled" if ctx.labels is not None else "all" if len(wanted) == 1 else "predicted"
         if way == "labelled" and ctx.labels is None:
             raise NotApplicable("needs pictures whose labels are classes of this model, or members 'predicted' or 'all'")
-        reason = refuses(model, self.size or model.input.size)
-        if reason:
-            raise NotApplicable(f"needs a model that takes pictures of {self.size} pixels; leave out `size` ({reason})")
+        if self.size and self.size != model.input.size:
+            reason = refuses(model, self.size)
+            if reason:
+                raise NotApplicable(f"needs a model that takes pictures of {self.size} pixels; leave out `size` ({reason})")
         if way == "labelled" and ctx.labels is not None:  # known before the dataset is looked at
             held = set(ctx.labels.tolist())
             lacking = [c for c in wanted if c not in held]

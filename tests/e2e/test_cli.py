@@ -167,6 +167,18 @@ def test_verify_reads_tables_failures_and_every_picture():
     for wrong in ("0.5", True, [1]):
         with pytest.raises(ValueError, match="number"):
             check(run("1", [], metrics=[{"name": "hits", "value": wrong}]))
+    # what hides other numbers, or cannot be compared, is no report
+    for rows in ([[1, 2, 3]], [[1e200, 0.1]], [[10**400, 0.1]], [[[1], 0.1]]):
+        with pytest.raises(ValueError, match="row|large"):
+            check(run("1", rows))
+    hidden = run(
+        "1",
+        [],
+        artifacts=[{"name": "heat", "sha256": "1", "summary": {"data": [0.0, 1.0, 2.0]}}],
+        tables={"heat": {"columns": [], "rows": []}},
+    )
+    made = {**hidden, "artifacts": [{"name": "heat", "sha256": "2", "summary": {"data": [0.5, 1.0, 2.0]}}]}
+    assert differences(hidden, made, 1e-4, {}) == ["differs: the numbers of 'heat' (mean, size) are not within 0.0001"]
     # a failure is no result that could be the same
     failed = {"status": "failed", "key": "k", "metrics": [], "artifacts": [], "tables": {}, "error": {"message": "no memory"}}
     assert told(failed, failed) == ["failed as before: no memory"]
@@ -536,6 +548,14 @@ def test_what_was_trained_is_found_by_the_registry_beside_it(cli, tmp_path):
     assert "1 of 1 runs finished" in out
     out, _ = cli("-r", "made/mine.yaml", "show", "mine")
     assert "2 named classes" in out
+
+
+def test_what_is_trained_is_not_written_over_a_registry_in_use(cli, tmp_path):
+    (tmp_path / "mine.yaml").write_text("models: {}\n")
+    err = cli("-r", "mine.yaml", "train", "digits_linear", "-n", "mine", "-o", ".", code=2)[1]
+    assert "mine.yaml is a registry in use" in err
+    assert (tmp_path / "mine.yaml").read_text() == "models: {}\n"
+    assert not (tmp_path / "mine.safetensors").exists()
 
 
 def test_a_test_folder_without_some_classes_is_measured_by_the_networks(registry, tmp_path):

@@ -196,13 +196,20 @@ def test_searches_begin_after_the_target_is_known(digits_cnn, digits, monkeypatc
         run_once(MinimalPerturbation(target=3, methods=("deepfool",)), digits_cnn, digits)
 
 
-def test_a_network_that_diverges_costs_no_other(digits_cnn, registry):
+def test_a_network_that_diverges_costs_no_other(digits_cnn, registry, monkeypatch):
+    from harness import train as trainer
+
+    real = trainer.fit
+
+    def fit(module, recipe, *rest, **more):
+        found = real(module, recipe, *rest, **more)
+        return [float("nan")] * len(found) if recipe.noise else found
+
+    monkeypatch.setattr(trainer, "fit", fit)
     data = load_dataset("digits", registry).select(limit=60)
-    technique = AdversarialTraining(noises=("none",), budgets=(), epochs=2, learning_rate=10)
-    result = run_once(technique, digits_cnn, data)
-    lost = [note for note in result.notes if "stopped being finite" in note]
-    courses = [a for a in result.artifacts if a.name == "loss"]
-    assert bool(lost) != bool(courses)
+    result = run_once(AdversarialTraining(noises=("none", "gaussian"), budgets=(), epochs=2), digits_cnn, data)
+    assert list(table(result, "loss").lines) == ["none"]
+    assert any(note.startswith("Gaussian, 32/255: the loss stopped being finite") for note in result.notes)
     with pytest.raises(ConfigError, match="budgets lie above 0"):
         AdversarialTraining.build({"budgets": [0, 8]})
 
@@ -213,6 +220,33 @@ def test_a_second_model_is_looked_at_first(digits_cnn, digits, monkeypatch):
         run_once(AttackCurve(surrogate="snow_cnn"), digits_cnn, digits)
     with pytest.raises(ConfigError, match=r"eps_l2: -1 is below zero"):
         run_once(AttackCurve(eps_l2=(-1.0,)), digits_cnn, digits)
+
+
+def test_changes_of_another_size_keep_their_signs():
+    from harness_adversarial.shared import fitted, resampled
+
+    down = torch.full((1, 1, 8, 8), -0.1)
+    assert torch.allclose(resampled(down, 16), torch.full((1, 1, 16, 16), -0.1))
+    assert float(fitted(down, 16).max()) == 0  # pictures have none below zero
+
+
+def test_pictures_of_a_second_model_of_another_size_are_tried(digits_cnn, registry, monkeypatch):
+    """What a surrogate of 32 pixels makes fools as what one of 8 pixels does: the same network behind a reduction."""
+    large = wrapped(nn.Sequential(nn.AvgPool2d(4), digits_cnn.module), spec=digits_cnn.input.model_copy(update={"size": 32}))
+    large.classes = digits_cnn.classes
+    tried = []
+    from harness.context import Context
+    from harness_adversarial import attack_curve
+
+    real = attack_curve.project
+    monkeypatch.setattr(
+        attack_curve, "project", lambda x, origin, eps, norm: tried.append((x - origin).clone()) or real(x, origin, eps, norm)
+    )
+    monkeypatch.setattr(Context, "further_model", lambda *_: large)
+    data = load_dataset("digits_test", registry).select(limit=12)
+    run_once(AttackCurve(attacks=("pgd",), eps=(4.0, 8.0), surrogate="digits_resnet", steps=3), digits_cnn, data)
+    change = tried[-1]  # the last is the surrogate's
+    assert change.shape[-1] == 8 and float(change.min()) < -0.5 * 4 / 255 and float(change.max()) > 0.5 * 4 / 255
 
 
 def test_a_surrogate_that_is_not_used_is_told(digits_cnn, digits):
