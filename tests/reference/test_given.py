@@ -99,7 +99,10 @@ def test_channels_are_channels_where_they_come_last(digits):
     model = wrapped(Tokens())
     x = torch.rand((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     outputs = model.activations(x, ["tokens", "last"])
-    zeros = lambda: torch.zeros(2, dtype=torch.int64)  # noqa: E731
+
+    def zeros():
+        return torch.zeros(2, dtype=torch.int64)
+
     for spec, wanted in {
         "channel:last:5": outputs["last"][..., 5].mean((1, 2)),
         "channel:tokens:4": outputs["tokens"][..., 4].mean(1),

@@ -767,34 +767,6 @@ def test_crops_show_the_share_of_the_picture_that_is_asked_for(height, width, re
     assert parts.min() == pytest.approx(0.6, abs=0.06) and parts.max() == pytest.approx(1.0, abs=0.06)
 
 
-def test_a_training_by_another_picture_of_the_same_name_is_another(registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "SAVED", 4)
-    style = tmp_path / "style.png"
-
-    def steps(stop=99):
-        seen = []
-
-        def note(what, done, total):
-            seen.append(done)
-            if done == stop:
-                raise KeyboardInterrupt
-
-        try:
-            trainer.train_styler("a", recipe(styles=[str(style)]), registry, tmp_path / "out", "cpu", note)
-        except KeyboardInterrupt:
-            assert (tmp_path / "out" / "a.state.safetensors").is_file()
-        return seen
-
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3)).astype(np.uint8)).save(style)
-    assert steps(stop=5)[-1] == 5
-    Image.fromarray(np.random.default_rng(1).integers(0, 255, (60, 60, 3)).astype(np.uint8)).save(style)
-    with pytest.raises(ConfigError, match="steps of another training"):
-        steps()
-    (tmp_path / "out" / "a.state.safetensors").unlink()
-    assert steps(stop=5) == [1, 2, 3, 4, 5]
-    assert steps() == [5, 6, 7, 8]  # the same picture: taken up
-
-
 def test_training_lowers_the_loss_and_a_new_style_touches_its_own_rows_alone(registry, tmp_path):
     from harness.registry import load_registry
 

@@ -85,11 +85,11 @@ def no_work(monkeypatch):
 
 
 def recipe(**more):
-    words = {
-        "encoder": "snow_cnn", "content_layer": "features.4", "style_layers": ["features.1", "features.4"], "styles": [IHC], "dataset": "photos",
-        "steps": 8, "batch_size": 2, "crop": 32, "style_size": 48, "width": 4, "blocks": 1, "learning_rate": 0.01, **more,
-    }  # fmt: skip
-    return StylerRecipe(**words)
+    """Eight steps of a tiny network."""
+    small = {"steps": 8, "batch_size": 2, "crop": 32, "style_size": 48, "width": 4, "blocks": 1, "styles": [IHC]} | more
+    return StylerRecipe(
+        encoder="snow_cnn", content_layer="features.4", style_layers=["features.1", "features.4"], dataset="photos", **small
+    )
 
 
 def table(result, name):
@@ -253,13 +253,12 @@ def test_lines_and_banners_are_cut_before_they_are_enlarged(folder, monkeypatch)
     assert all(batch.shape == (4, 3, 32, 32) for batch in batches)
 
 
-def test_names_may_change_in_a_training_and_what_they_stand_for_may_not(registry, tmp_path, monkeypatch):
+@pytest.fixture
+def steps(registry, tmp_path, monkeypatch):
+    """steps(stop, **recipe) trains until step `stop` and gives the steps that were made; a state is written every four."""
     monkeypatch.setattr(trainer, "SAVED", 4)
-    texture = load_dataset("textures", registry)
-    for name in ("one.png", "two.png"):
-        texture.get(texture.ids.index("ihc.png")).save(tmp_path / name)
 
-    def steps(stop=99, **more):
+    def trained(stop=99, **more):
         seen = []
 
         def note(what, done, total):
@@ -270,9 +269,16 @@ def test_names_may_change_in_a_training_and_what_they_stand_for_may_not(registry
         try:
             trainer.train_styler("a", recipe(**more), registry, tmp_path / "out", "cpu", note)
         except KeyboardInterrupt:
-            pass
+            assert (tmp_path / "out" / "a.state.safetensors").is_file()
         return seen
 
+    return trained
+
+
+def test_names_may_change_in_a_training_and_what_they_stand_for_may_not(steps, registry, tmp_path):
+    texture = load_dataset("textures", registry)
+    for name in ("one.png", "two.png"):
+        texture.get(texture.ids.index("ihc.png")).save(tmp_path / name)
     state = tmp_path / "out" / "a.state.safetensors"
     assert steps(stop=5, styles=[str(tmp_path / "one.png")])[-1] == 5
     before = state.read_bytes()
@@ -280,6 +286,18 @@ def test_names_may_change_in_a_training_and_what_they_stand_for_may_not(registry
         steps(styles=[str(tmp_path / "one.png")], style_weight=1.0)
     assert state.read_bytes() == before
     assert steps(styles=[str(tmp_path / "two.png")], description="in other words") == [5, 6, 7, 8]
+
+
+def test_a_training_by_another_picture_of_the_same_name_is_another(steps, tmp_path):
+    style = tmp_path / "style.png"
+    for seed in (0, 1):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (60, 60, 3)).astype(np.uint8)).save(style)
+        if seed:
+            with pytest.raises(ConfigError, match="steps of another training"):
+                steps(styles=[str(style)])
+            (tmp_path / "out" / "a.state.safetensors").unlink()
+        assert steps(stop=5, styles=[str(style)]) == [1, 2, 3, 4, 5]
+    assert steps(styles=[str(style)]) == [5, 6, 7, 8]  # the same picture: taken up
 
 
 def test_what_was_trained_can_be_moved(registry, tmp_path, small):
