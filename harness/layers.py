@@ -102,8 +102,10 @@ def _adaptive(x: Field, before: tuple[int, ...], after: tuple[int, ...]) -> Fiel
         return x
     if after == (1, 1):
         return GLOBAL
-    steps = {a // b for a, b in zip(before, after, strict=True)} if all(a % b == 0 for a, b in zip(before, after, strict=True)) else set()
-    return x.window(steps.copy().pop(), steps.pop(), 0, 1) if len(steps) == 1 else None
+    side, rest = divmod(before[0], after[0])
+    if rest or any(a != side * b for a, b in zip(before, after, strict=True)):
+        return None
+    return x.window(side, side, 0, 1)
 
 
 def _join(fields: list[Field]) -> Field | None:

@@ -146,7 +146,14 @@ def test_interval_bounds_go_through_functions_and_are_asked_first(digits, monkey
         def forward(self, x):
             return super().forward(x)
 
+    from harness_adversarial import certified_radius
+
+    order = []
+    for name in ("certified_linf", "counts"):
+        real = getattr(certified_radius, name)
+        monkeypatch.setattr(certified_radius, name, lambda *a, real=real, name=name: order.append(name) or real(*a))
     result = run_once(CertifiedRadius(first=4, samples=8, intervals=(0.1,)), wrapped(Functions()), digits)
+    assert order[0] == "certified_linf" and "counts" in order
     assert not any("intervals:" in note for note in result.notes)
     assert 0 <= value(result, "certified_linf") <= 1
 
@@ -163,7 +170,8 @@ def test_adaptive_pooling_that_changes_nothing_sees_no_more(registry):
     model = wrapped(halves)
     assert receptive_fields(model.module, dict(model.calls))["1"].size == 4  # two pixels with a border of one
     photos = load_dataset("photos", registry).select(limit=2)
-    assert "whole" not in " ".join(run_once(MaxPatches(k=1, count=1), alexnet, photos).notes)
+    shown = " ".join(a.caption for a in run_once(MaxPatches(k=1, count=1), alexnet, photos).artifacts)
+    assert "195 x 195 pixels" in shown
 
 
 # -- layers ----------------------------------------------------------------------------------------------------------------
