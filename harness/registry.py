@@ -174,6 +174,9 @@ class StylerEntry(ModelEntry):
     styles: list[str]
 
 
+Side = Annotated[int, Field(ge=32)]
+
+
 class StylerRecipe(_Entry):
     """How such a network is trained: the losses of style transfer, on the network's pictures (Johnson et al. 2016)."""
 
@@ -187,8 +190,8 @@ class StylerRecipe(_Entry):
     batch_size: Positive = 4
     learning_rate: Annotated[float, Field(gt=0)] = 0.001
     optimiser: Literal["adam", "muon"] = "adam"  # muon: of the kernels; norms and biases are learnt by Adam all the same
-    crop: Annotated[int, Field(ge=32)] = 256
-    shown: Annotated[float, Field(gt=0, le=1)] | None = None  # least share of a picture's shorter side in a crop; see `crops`
+    crop: Side | tuple[Side, Side] = 256  # pixels; with `shown` the root of the area, or the least and the most of it
+    shown: Annotated[float, Field(ge=0.1, le=1)] | None = None  # least share of what a crop can show of its picture; see `crops`
     style_size: Annotated[int, Field(ge=32)] = 256
     content_weight: Annotated[float, Field(ge=0)] = 1.0
     style_weight: Annotated[float, Field(ge=0)] = 30.0
@@ -198,10 +201,15 @@ class StylerRecipe(_Entry):
     blocks: Positive = 5
     norm: Literal["instance", "batch"] = "instance"
     base: str = ""  # a styler that learns further styles: their rows of its norms alone
+    start: str = ""  # a styler that the network begins as; its width, blocks and norm are that one's
     seed: int = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> StylerRecipe:
+        if self.base and self.start:
+            raise ValueError(f"base {self.base} learns further styles and start {self.start} learns anew: give one of them")
+        if isinstance(self.crop, tuple) and (self.shown is None or self.crop[0] > self.crop[1]):
+            raise ValueError(f"crop {list(self.crop)}: two sizes are the least and the most, and go with `shown`")
         if self.style_shares and len(self.style_shares) != len(self.styles):
             raise ValueError(f"{len(self.style_shares)} style_shares for {len(self.styles)} styles")
         return self

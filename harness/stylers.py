@@ -54,6 +54,16 @@ class _Layer(nn.Module):
         return found
 
 
+class _Doubling(_Layer):
+    """The same of a picture enlarged twofold by repetition, which is not made."""
+
+    def forward(self, x: Tensor, mix: Tensor) -> Tensor:
+        # What reflection puts around the enlarged picture, repetition of the edge puts around the small one.
+        x = doubled(F.pad(x, (1,) * 4, mode="replicate"), self.conv)
+        found: Tensor = self.norm(x) if isinstance(self.norm, nn.BatchNorm2d) else self.norm(x, mix)
+        return found
+
+
 class _Residual(nn.Module):
     def __init__(self, width: int, norm: Norm, styles: int) -> None:
         super().__init__()
@@ -62,6 +72,39 @@ class _Residual(nn.Module):
     def forward(self, x: Tensor, mix: Tensor) -> Tensor:
         found: Tensor = x + self.second(F.relu(self.first(x, mix)), mix)
         return found
+
+
+def doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 3 x 3 convolution of x (N, C, H + 2, W + 2), padded by one, as if each pixel had first been repeated into 2 x 2: (N, K, 2 H, 2 W).
+
+    Two of the three rows of a kernel meet one and the same row of the small picture, and so do columns; added up beforehand they are
+    four kernels of 2 x 2, one for each place in a pixel's block. 4/9 of the products, and nothing large to pad and keep.
+    """
+    n, _, height, width = x.shape
+    height, width = height - 2, width - 2
+    out, into = conv.weight.shape[:2]
+
+    def added(kernels: Tensor, dim: int) -> Tensor:
+        """(2, *kernels.shape but for two in place of three along dim): what the first and the second of two pixels meets."""
+        a, b, c = torch.split(kernels, 1, dim)
+        return torch.stack([torch.cat([a, b + c], dim), torch.cat([a + b, c], dim)])
+
+    kernels = added(added(conv.weight, 3), 3).reshape(4 * out, into, 2, 2)  # (row in the block, column, out) by into
+    bias = None if conv.bias is None else conv.bias.repeat(4)
+    found = F.conv2d(x, kernels.contiguous(memory_format=torch.channels_last), bias)
+    found = found.permute(0, 2, 3, 1).reshape(n, height + 1, width + 1, 2, 2, out)
+    rows = [torch.stack([found[:, p : p + height, q : q + width, p, q] for q in (0, 1)], 3) for p in (0, 1)]
+    return torch.stack(rows, 2).reshape(n, 2 * height, 2 * width, out).permute(0, 3, 1, 2)
+
+
+def in_pairs(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv(x) for an even width: two neighbours at once by a kernel wider by one. Twice as quick on processors where there are but three
+    channels to make, which fill less than half a register."""
+    both = torch.stack([F.pad(conv.weight, (0, 1)), F.pad(conv.weight, (1, 0))]).flatten(0, 1)
+    bias = None if conv.bias is None else conv.bias.repeat(2)
+    found = F.conv2d(x, both.contiguous(memory_format=torch.channels_last), bias, stride=(1, 2))
+    n, channels, height, width = found.shape
+    return found.reshape(n, 2, channels // 2, height, width).permute(0, 2, 3, 4, 1).reshape(n, channels // 2, height, 2 * width)
 
 
 class TransformNet(nn.Module):
@@ -82,7 +125,7 @@ class TransformNet(nn.Module):
             for into, out, kernel, stride in ((channels, width, 9, 1), (width, 2 * width, 3, 2), (2 * width, 4 * width, 3, 2))
         )
         self.residual = nn.ModuleList(_Residual(4 * width, norm, styles) for _ in range(blocks))
-        self.up = nn.ModuleList(_Layer(into, out, 3, 1, norm, styles) for into, out in ((4 * width, 2 * width), (2 * width, width)))
+        self.up = nn.ModuleList(_Doubling(into, out, 3, 1, norm, styles) for into, out in ((4 * width, 2 * width), (2 * width, width)))
         self.out = nn.Conv2d(width, channels, 9)
 
     def forward(self, x: Tensor, mix: Tensor | None = None) -> Tensor:
@@ -97,8 +140,8 @@ class TransformNet(nn.Module):
         for block in self.residual:
             x = block(x, mix)
         for layer in self.up:
-            x = F.relu(layer(F.interpolate(x, scale_factor=2.0), mix))
-        x = self.out(F.pad(x, (4,) * 4, mode="reflect"))
+            x = F.relu(layer(x, mix))
+        x = in_pairs(F.pad(x, (4,) * 4, mode="reflect"), self.out)
         x = torch.sigmoid(x) if self.squash else x.clamp(0, 1)
         return x[..., :height, :width]
 
@@ -164,7 +207,8 @@ class SuperResolutionNet(nn.Module):
         for block in self.blocks:
             y = y + block(y)
         for layer in self.up:
-            y = F.leaky_relu(layer(F.interpolate(y, scale_factor=2.0)), 0.2)
+            assert isinstance(layer, nn.Conv2d)
+            y = F.leaky_relu(doubled(F.pad(y, (1,) * 4), layer), 0.2)
         found: Tensor = start + self.out(y)
         return found
 

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from .record import write_json
 from .registry import Registry, StylerRecipe
 from .runner import versions
 from .stylers import ConditionalInstanceNorm, TransformNet, load_styler
+from .weights import weight_source, weights_hash
 
 Report = Callable[[str, int, int], None]
 Optimisers = Mapping[str, torch.optim.Optimizer]
@@ -39,6 +41,8 @@ RAMP = 0.2  # share of the steps over which the weight of the style rises
 SAVED = 200  # steps between two states on disk
 TRIES = 20  # pictures that are drawn in place of one that cannot be read
 LONGEST = 16  # times as long as it is wide may be what a crop is taken of
+WIDEST = 2.0  # times as wide as high, or as high as wide, is a crop of a picture's own shape
+GRID = 16  # pixels of which its sides are multiples
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,28 @@ def task_of(recipe: StylerRecipe, registry: Registry, device: str, encoder: Load
 
 
 def crops(
-    data: Dataset, count: int, size: int, channels: int, device: torch.device, seed: int = 0, start: int = 0, shown: float | None = None,
-    lenient: bool = False,
+    data: Dataset, count: int, size: int | tuple[int, int], channels: int, device: torch.device, seed: int = 0, start: int = 0,
+    shown: float | None = None, lenient: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Batches (count, channels, size, size) of random crops of random pictures, mirrored by chance: the k-th is the same in any run.
+    """Batches (count, channels, H, W) of random crops of random pictures, mirrored by chance: the k-th is the same in any run.
 
-    With `shown` a crop shows from that share of the picture's shorter side to all of it; without, the picture is made smaller by a
-    factor from 0.3 to 1 first, whatever its size. `lenient` takes another in place of a picture that cannot be read, with a warning.
+    Without `shown` crops are `size` x `size`, of the picture made smaller by a factor from 0.3 to 1 first, whatever its size. With it a
+    batch has about the shape of one of its pictures, an area of about the square of `size`, or of a number drawn between two, and each
+    crop shows from that share of what has this shape in its picture to all of it. `lenient` takes another in place of a picture that
+    cannot be read, with a warning.
     """
 
     def batch(step: int) -> np.ndarray:
         random = np.random.default_rng(stable_seed("crops", seed, step))
-        found = [
-            _crop(_opened(data, i, random, lenient), size, channels, random, shown) for i in random.integers(0, len(data), count).tolist()
-        ]
+        found: list[np.ndarray] = []
+        for i in random.integers(0, len(data), count).tolist():
+            picture = _opened(data, i, random, lenient)
+            if shown is None:
+                assert isinstance(size, int)
+                found.append(_crop(picture, size, channels, random))
+            else:
+                shape = found[0].shape[:2] if found else _shape(picture, size, random, shown)
+                found.append(_view(picture, shape, channels, random, shown))
         return np.stack(found)
 
     with ThreadPoolExecutor(1) as pool:  # the next is opened while the caller works on this one
@@ -132,14 +144,14 @@ def _opened(data: Dataset, place: int, random: np.random.Generator, lenient: boo
             place = int(random.integers(0, len(data)))
 
 
-def _crop(picture: Image.Image, size: int, channels: int, random: np.random.Generator, shown: float | None) -> np.ndarray:
+def _crop(picture: Image.Image, size: int, channels: int, random: np.random.Generator) -> np.ndarray:
     """uint8 (size, size, channels)."""
-    part = float(random.uniform(shown or 0.3, 1.0))
+    part = float(random.uniform(0.3, 1.0))
     width, height = (min(n, LONGEST * min(picture.size)) for n in picture.size)
     if (width, height) != picture.size:  # which at the size wanted might take gigabytes
         x, y = (int(random.integers(0, n - kept + 1)) for n, kept in zip(picture.size, (width, height), strict=True))
         picture = picture.crop((x, y, x + width, y + height))
-    side = max(size, round(size / part if shown else min(picture.size) * part))
+    side = max(size, round(min(picture.size) * part))
     pixels = at_size(picture, round(side * max(picture.size) / min(picture.size)), channels)
     height, width = pixels.shape[:2]
     if min(height, width) < size:
@@ -149,6 +161,28 @@ def _crop(picture: Image.Image, size: int, channels: int, random: np.random.Gene
     y, x = (int(random.integers(0, n - size + 1)) for n in (height, width))
     crop = pixels[y : y + size, x : x + size]
     return crop[:, ::-1] if random.uniform() < 0.5 else crop
+
+
+def _shape(picture: Image.Image, size: int | tuple[int, int], random: np.random.Generator, shown: float) -> tuple[int, int]:
+    """(height, width) of crops of about a picture's shape, in multiples of GRID: each new shape costs the libraries some preparation."""
+    least, most = (size, size) if isinstance(size, int) else size
+    ratio = picture.width / picture.height * float(random.uniform(shown, 1 / shown))
+    ratio = min(max(ratio, 1 / WIDEST), WIDEST)
+    side = float(random.uniform(least, most))
+    height, width = (max(GRID, GRID * round(n / GRID)) for n in (side / ratio**0.5, side * ratio**0.5))
+    return height, width
+
+
+def _view(picture: Image.Image, shape: tuple[int, int], channels: int, random: np.random.Generator, shown: float) -> np.ndarray:
+    """uint8 (height, width, channels)."""
+    height, width = shape
+    scale = min(picture.width / width, picture.height / height) * float(random.uniform(shown, 1.0))
+    wide, high = scale * width, scale * height
+    x, y = (float(random.uniform(0, max(0.0, n - part))) for n, part in ((picture.width, wide), (picture.height, high)))
+    box = x, y, min(x + wide, picture.width), min(y + high, picture.height)
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box)).reshape(height, width, channels)
+    return pixels[:, ::-1] if random.uniform() < 0.5 else pixels
 
 
 def train_styler(
@@ -180,6 +214,7 @@ def train_styler(
         "recipe": recipe.model_dump(mode="json"),
         "args": args,
         "styles": names,
+        **({"start": _origin(recipe.start, registry)} if recipe.start else {}),
         "encoder": {"name": recipe.encoder, "weights": task.encoder.weights},
         "data": {"name": recipe.dataset, "pictures": len(data), "fingerprint": data.fingerprint},
         "losses": {k: [float(np.mean(v[i : i + tail])) for i in range(0, len(v), tail)] for k, v in history.items()},
@@ -200,6 +235,19 @@ def train_styler(
         temporary.write_text(yamlfile.written(registry_file))
     (folder / f"{name}.state.safetensors").unlink(missing_ok=True)
     return path, card
+
+
+def _origin(name: str, registry: Registry) -> dict[str, Any]:
+    """What a network began as: the weights' hash, and the card that lies beside them if there is one."""
+    entry = registry.styler(name)
+    found: dict[str, Any] = {"name": name, "sha256": weights_hash(name, entry)}
+    source, rest = weight_source(entry)
+    path = source.path(rest, entry)
+    card = path.with_suffix(".json") if path else None
+    if card is not None and card.is_file():
+        with suppress(ValueError):  # somebody else's file, or another's
+            found["card"] = json.loads(card.read_text())
+    return found
 
 
 def _kept(recipe: StylerRecipe, folder: Path, name: str) -> list[str]:
@@ -231,17 +279,29 @@ def _network(
 ) -> tuple[TransformNet, dict[str, Any], list[str], int]:
     """(network, its arguments, names of all its styles, the first that is learnt)."""
     with seeded(stable_seed("styler", recipe.seed)):
+        args: dict[str, Any] = {
+            "channels": channels, "width": recipe.width, "blocks": recipe.blocks, "styles": len(names), "norm": recipe.norm,
+        }  # fmt: skip
+        if recipe.start:
+            args = {**registry.styler(recipe.start).args, "styles": len(names)}
         if not recipe.base:
-            args: dict[str, Any] = {
-                "channels": channels, "width": recipe.width, "blocks": recipe.blocks, "styles": len(names), "norm": recipe.norm,
-            }  # fmt: skip
-            return placed(TransformNet(**args), device), args, names, 0
+            module = TransformNet(**args)
+            if recipe.start:
+                begun(load_styler(recipe.start, registry).module, module)
+            return placed(module, device), args, names, 0
     base = registry.styler(recipe.base)
     if base.args.get("norm", "instance") != "instance":
         raise ConfigError(f"{recipe.where}: styler {recipe.base!r} has batch norm; only conditional instance norm learns further styles")
     args = {**base.args, "styles": len(base.styles) + len(names)}
     module = TransformNet(**args)
     return placed(extended(load_styler(recipe.base, registry).module, module), device), args, [*base.styles, *names], len(base.styles)
+
+
+def begun(start: nn.Module, module: TransformNet) -> None:
+    """Begin as `start` does; of another number of styles all rows begin as the mean of its own."""
+    old, new = start.state_dict(), module.state_dict()
+    for key, value in new.items():
+        value.copy_(old[key] if value.shape == old[key].shape else old[key].mean(0))
 
 
 def extended(base: nn.Module, module: TransformNet) -> TransformNet:
@@ -297,7 +357,7 @@ def fit(
         mix = torch.nn.functional.one_hot(which + first, first + styles).to(contents.dtype)
         losses = task.losses(module(contents, mix), contents, which)
         # Content is learnt first: a network that makes nothing but texture does not find its way back to the picture.
-        share = 1.0 if first else min(1.0, (step + 1) / (RAMP * recipe.steps))
+        share = 1.0 if first or recipe.start else min(1.0, (step + 1) / (RAMP * recipe.steps))
         loss = task.total({**losses, "style": share * losses["style"]})
         module.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -32,6 +32,7 @@ from .main import State
 @click.option("--limit", type=click.IntRange(5), help="Of a network: train on as many pictures, spread evenly.")
 @click.option("--style", multiple=True, help="Of a styler: a picture, as DATASET:ID or a path; several make one network of several styles.")
 @click.option("--base", default="", help="Of a styler: one that is to learn these styles besides its own.")
+@click.option("--start", default="", help="Of a styler: one to begin as, which is far quicker than from nothing; default the recipe's.")
 @click.option("--steps", type=click.IntRange(1, 100_000), help="Of a styler: training steps; default the recipe's.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.pass_obj
@@ -47,6 +48,7 @@ def command(
     limit: int | None,
     style: tuple[str, ...],
     base: str,
+    start: str,
     steps: int | None,
     device: str,
 ) -> None:
@@ -65,11 +67,11 @@ def command(
     found = registry.recipe(recipe)
     kind = "generator" if recipe in registry.generator_recipes else "styler" if recipe in registry.styler_recipes else "network"
     given: dict[str, Any] = {"dataset": dataset, "encoder": encoder, "layer": layer, "epochs": epochs, "limit": limit}
-    given |= {"style": style, "base": base, "steps": steps}
+    given |= {"style": style, "base": base, "start": start, "steps": steps}
     takes = {
         "network": {"dataset", "epochs", "limit"},
         "generator": {"dataset", "encoder", "layer", "epochs"},
-        "styler": {"dataset", "encoder", "style", "base", "steps"},
+        "styler": {"dataset", "encoder", "style", "base", "start", "steps"},
     }
     for key, value in given.items():
         if value and key not in takes[kind]:

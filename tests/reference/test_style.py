@@ -7,6 +7,7 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -20,7 +21,7 @@ from harness.datasets import at_size
 from harness.errors import WeightsError
 from harness.models import LoadedModel, load_model
 from harness.registry import InputSpec, StylerRecipe
-from harness.stylers import ConditionalInstanceNorm, SuperResolutionNet, TransformNet, load_styler
+from harness.stylers import ConditionalInstanceNorm, SuperResolutionNet, TransformNet, doubled, in_pairs, load_styler
 from harness.testing import load_dataset, run_once
 from harness_style import (
     FastStyleTransfer,
@@ -757,14 +758,46 @@ def test_muon_learns_the_kernels_and_adam_the_rest(registry):
 
 @pytest.mark.parametrize(("height", "width"), [(90, 120), (300, 200)])
 def test_crops_show_the_share_of_the_picture_that_is_asked_for(height, width, registry, tmp_path):
-    """The pixels are their row's place: what a crop spans is what it shows."""
-    rows = np.repeat(np.linspace(0, 255, height)[:, None], width, 1).astype(np.uint8)
-    Image.fromarray(rows).convert("RGB").save(tmp_path / "rows.png")
+    """The pixels are their places: what a crop spans is what it shows."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)
+    Image.fromarray(pixels).save(tmp_path / "places.png")
     data = trainer.load_dataset(str(tmp_path), registry)
-    batches = islice(trainer.crops(data, 4, 32, 3, torch.device("cpu"), shown=0.6), 20)
-    spans = torch.cat([batch.amax((1, 2, 3)) - batch.amin((1, 2, 3)) for batch in batches])
-    parts = spans.numpy() * height / min(height, width)
-    assert parts.min() == pytest.approx(0.6, abs=0.06) and parts.max() == pytest.approx(1.0, abs=0.06)
+    shares, sides, ratios = [], [], []
+    for batch in islice(trainer.crops(data, 4, (64, 128), 3, torch.device("cpu"), shown=0.6), 20):
+        shape = np.array(batch.shape[2:])
+        whole = min(height / shape[0], width / shape[1]) * shape  # the most of the picture that has this shape
+        spans = batch[:, :2].amax((2, 3)) - batch[:, :2].amin((2, 3))
+        shown = spans.numpy() * (height, width) * shape / (shape - 1)  # between the outermost pixels' middles, plus a pixel
+        assert np.allclose(shown, shown[:, :1] / whole[0] * whole, rtol=0.03)  # neither squeezed nor stretched
+        shares += (shown / whole).mean(1).tolist()
+        sides.append(float(shape.prod()) ** 0.5)
+        ratios.append(shape[1] / shape[0] / (width / height))
+    assert min(shares) == pytest.approx(0.6, abs=0.06) and max(shares) == pytest.approx(1.0, abs=0.06)
+    assert 56 <= min(sides) < 80 and 112 < max(sides) <= 136
+    assert 0.5 <= min(ratios) < 0.8 and 1.25 < max(ratios) <= 2
+
+
+@pytest.mark.parametrize("more", [{"crop": (64, 48), "shown": 0.6}, {"crop": (48, 64)}])
+def test_two_sizes_of_crops_are_the_least_and_the_most(more):
+    with pytest.raises(ValueError, match="the least and the most, and go with `shown`"):
+        recipe(**more)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 1), (2, 1)])
+def test_a_convolution_of_a_doubled_picture_needs_no_doubled_picture(height, width):
+    torch.manual_seed(0)
+    conv, wide = torch.nn.Conv2d(3, 5, 3).double(), torch.nn.Conv2d(4, 3, 9).double()
+    x = torch.rand(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    large = F.interpolate(x, scale_factor=2.0)
+    found, wanted = doubled(F.pad(x, (1,) * 4, mode="replicate"), conv), conv(F.pad(large, (1,) * 4, mode="reflect"))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(doubled(F.pad(x, (1,) * 4), conv), F.conv2d(large, conv.weight, conv.bias, padding=1))
+    of = conv.weight, conv.bias, x
+    for slope, right in zip(*(torch.autograd.grad(y.square().sum(), of) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(slope, right)
+    y = torch.rand(2, 4, height + 8, 2 * width + 8, dtype=torch.float64)
+    torch.testing.assert_close(in_pairs(y, wide), wide(y))
 
 
 def test_training_lowers_the_loss_and_a_new_style_touches_its_own_rows_alone(registry, tmp_path):
@@ -785,6 +818,33 @@ def test_training_lowers_the_loss_and_a_new_style_touches_its_own_rows_alone(reg
     assert torch.allclose(old(x, [0, 1]), new(x, [0, 1, 0]), atol=1e-6)
     mean = [(new.module.row(0)[i] + new.module.row(1)[i]) / 2 for i in range(len(new.module.row(0)))]
     assert not any(torch.equal(a, b) for a, b in zip(new.module.row(2), mean, strict=True))  # began there, and learnt
+
+
+def test_a_training_can_begin_as_another_network(registry, tmp_path):
+    from harness.registry import load_registry
+
+    path, first = trainer.train_styler("one", recipe(steps=60, styles=[IHC]), registry, tmp_path, "cpu")
+    more = load_registry([path.with_suffix(".yaml")])
+    words = recipe(start="one", width=8, blocks=2, learning_rate=1e-12, steps=1)
+    same, card = trainer.train_styler("same", words, more, tmp_path, "cpu")
+    old, new = (load_styler("one", more).module, load_styler("same", load_registry([same.with_suffix(".yaml")])).module)
+    for name, value in old.state_dict().items():
+        torch.testing.assert_close(new.state_dict()[name], value, msg=name)
+    assert card["start"] == {"name": "one", "sha256": first["sha256"], "card": first}  # where it comes from goes along
+    assert card["args"] == first["args"]
+    # From nothing the style's weight rises from nothing, and here it need not.
+    pair = [trainer.train_styler(f"then{i}", recipe(steps=30, **w), more, tmp_path, "cpu")[1] for i, w in enumerate(({}, {"start": "one"}))]
+    assert np.mean(pair[1]["losses"]["style"]) < 0.9 * np.mean(pair[0]["losses"]["style"])
+    two, card = trainer.train_styler(
+        "two", recipe(start="one", styles=[BRICK, GRAVEL], steps=1, learning_rate=1e-12), more, tmp_path, "cpu"
+    )
+    assert card["styles"] == ["brick", "gravel"]
+    two = load_styler("two", load_registry([two.with_suffix(".yaml")])).module
+    assert all(torch.allclose(row, own) for i in (0, 1) for row, own in zip(two.row(i), old.row(0), strict=True))
+    with pytest.raises(ValueError, match="give one of them"):
+        recipe(base="one", start="one")
+    with pytest.raises(HarnessError, match="no styler 'on'.*did you mean 'one'"):
+        trainer.train_styler("a", recipe(start="on"), more, tmp_path, "cpu")
 
 
 def test_a_style_that_drowns_the_content_gets_a_share_of_the_weight(registry, tmp_path):
