@@ -345,10 +345,13 @@ class Runner:
                 self.session.done[plan.key] = found
                 self._obtained.add(plan.key)
                 return Outcome(plan.spec, found, "reused")
-        used = {use.label: self._obtain(planned, number, total) for use, planned in plan.uses}
-        lost = [use.label for use, _ in plan.uses if use.optional and used[use.label].failed]
+        used: dict[str, Outcome] = {}
+        if plan.uses and not self._refused(plan):
+            used = {use.label: self._obtain(planned, number, total) for use, planned in plan.uses}
+        lost = [use.label for use, _ in plan.uses if use.optional and use.label in used and used[use.label].failed]
         # What is made without them, or of what was made without others, must not be taken for the whole another time.
-        lost += [used[use.label].run.record.key for use, planned in plan.uses if used[use.label].run.record.key != planned.key]
+        keys = {use.label: planned.key for use, planned in plan.uses}
+        lost += [outcome.run.record.key for label, outcome in used.items() if outcome.run.record.key != keys[label]]
         if lost:
             plan = replace(plan, key=hashlib.sha256("\0".join((plan.key, *lost)).encode()).hexdigest())
         self._tell("harness_run_started", spec=plan.spec, key=plan.key)
@@ -372,6 +375,18 @@ class Runner:
         self._obtained.add(plan.key)
         self._tell("harness_run_finished", spec=plan.spec, run=run)
         return Outcome(plan.spec, self.session.done[plan.key], "computed")
+
+    def _refused(self, plan: Planned) -> bool:
+        """Does the model or the data lack what the technique itself needs? Nothing it builds on is worth computing then; it fails the same
+        way when it is run, and anything else that goes wrong here is told there."""
+        try:
+            with device_settings(plan.spec.device, plan.spec.precision):
+                check_needs(plan.technique, self._context(plan, self._loaded(plan.spec), {}, lambda *_: None, pictures=False))
+        except NotApplicable:
+            return True
+        except Exception:
+            return False
+        return False
 
     def _tell(self, hook: str, **arguments: Any) -> None:
         for error in self.plugins.call(hook, session=self.session, **arguments):
@@ -473,7 +488,14 @@ class Runner:
         )  # fmt: skip
         return record, result
 
-    def _context(self, plan: Planned, model: LoadedModel, used: Mapping[str, Outcome], progress: Callable[[str, int, int], None]) -> Any:
+    def _context(
+        self,
+        plan: Planned,
+        model: LoadedModel,
+        used: Mapping[str, Outcome],
+        progress: Callable[[str, int, int], None],
+        pictures: bool = True,
+    ) -> Any:
         from .context import Context, labels_of, to_images
 
         needs, dataset = plan.technique.needs, plan.dataset
@@ -482,7 +504,7 @@ class Runner:
         if dataset is not None:
             labels = labels_of(dataset, model)
             ids = list(dataset.ids)
-            if "images" in needs:
+            if pictures and "images" in needs:
                 images = to_images(dataset.pictures(model.input), model.device, model.dtype)
         return Context(
             model,
@@ -607,6 +629,8 @@ def check_needs(technique: Technique, ctx: Any) -> None:
         _ = model.class_count  # raises NotApplicable itself
     if "labels" in needs and ctx.labels is None:
         raise NotApplicable("needs pictures whose labels are classes of this model")
+    if "marks" in needs and (ctx.dataset is None or ctx.dataset.marks is None):
+        raise NotApplicable("needs pictures in which something is marked: a dataset with `masks`, or a planted one")
     kinds = {"conv": torch.nn.Conv2d, "linear": torch.nn.Linear}
     for need, kind in kinds.items():
         if need in needs and not any(isinstance(m, kind) for m in model.modules.values()):

@@ -25,7 +25,7 @@ SLUG = re.compile(r"[a-z][a-z0-9_]*")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of artifacts: also the names of their files
 
 # What a technique may ask of the model and the data. The runner answers "not applicable" where it is missing.
-Need = Literal["images", "dataset", "labels", "classifier", "conv", "linear", "style_images"]
+Need = Literal["images", "dataset", "labels", "marks", "classifier", "conv", "linear", "style_images"]
 
 # What is explained: "predicted", "labelled", a class index or name, "layer:NAME", "channel:LAYER:C",
 # "neuron:LAYER:C,Y,X", "path.to:callable"; or a list with one of these for each picture.

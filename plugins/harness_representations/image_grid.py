@@ -4,8 +4,9 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 
-from harness import Arrays, ConfigError, Images, Metric, Paper, Param, Result, Technique, Use
+from harness import Arrays, Images, Metric, Paper, Param, Result, Technique, Use
 
 from .maps import features_of, thumbnails
 
@@ -44,6 +45,12 @@ class ImageGrid(Technique):
     cell: int = Param(0, ge=0, le=256, description="pixels a cell; 0: as many as a picture of 2,400 pixels allows, at most 96")
     detail: int = Param(8, ge=2, le=50, description="cells a side of the part that is shown enlarged")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> ImageGrid:
+        if self.mode == "unique" and self.side**2 > CELLS:
+            raise ValueError(f"side {self.side}: that many cells a side are more than the {CELLS} of the unique mode; use mode nearest")
+        return self
+
     def uses(self) -> tuple[Use, ...]:
         return (
             Use("features", {"layer": self.layer}),
@@ -57,8 +64,6 @@ class ImageGrid(Technique):
         points = maps.data["points"]
         count = len(points)
         side = self.side or max(2, min(math.isqrt(CELLS), math.isqrt(count)))
-        if self.mode == "unique" and side * side > CELLS:
-            raise ConfigError(f"image_grid.side: {side} x {side} cells are more than the {CELLS} of the unique mode; use mode nearest")
         places = unit_square(points)
         centres = cells(side)
         chosen = unique(places, centres) if self.mode == "unique" else nearest_to(places, centres)  # (side^2,), -1 for an empty cell

@@ -34,7 +34,7 @@ class BiasProbe(Technique):
     paper = Paper(
         "Ribeiro, Singh, Guestrin", 2016, '"Why Should I Trust You?": Explaining the Predictions of Any Classifier', arxiv="1602.04938"
     )
-    needs = frozenset({"images", "classifier"})
+    needs = frozenset({"images", "classifier", "marks"})
     reading = (
         "The verdict compares how often the answer changes when the cue is changed with how often it does when as much is changed "
         "elsewhere. A model that leans on the cue has most of its maps' mass there as well: `lift` is the share of the map on the "
@@ -62,7 +62,7 @@ class BiasProbe(Technique):
 
         masks, marks = ctx.masks, ctx.dataset.marks
         if masks is None or marks is None or not bool(masks.any()):
-            raise NotApplicable("needs pictures in which a suspected cue is marked: a dataset with `masks`, or a planted one")
+            raise NotApplicable("needs pictures in which a suspected cue is marked; in these none is")
         x = ctx.images
         cover = baseline(ctx, self.cover)
         marked = masks.flatten(1).any(1)

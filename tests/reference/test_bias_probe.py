@@ -125,7 +125,7 @@ def test_a_users_own_masks(tmp_path, registry, digits_cnn):
 
 
 def test_needs_marks(digits_cnn, registry):
-    with pytest.raises(NotApplicable, match="suspected cue is marked"):
+    with pytest.raises(NotApplicable, match="a dataset with `masks`, or a planted one"):
         run_once(BiasProbe(techniques=("saliency",)), digits_cnn, load_dataset("digits", registry).select(3))
 
 

@@ -88,6 +88,20 @@ class Above(Technique):
         return Result([], [Metric("m", ctx.results["base"]["value"].data["v"][0] * 2)])
 
 
+class Demanding(Technique):
+    """Builds on another and wants more than it."""
+
+    name = "demanding"
+    needs = frozenset({"dataset", "conv", "marks"})
+
+    def uses(self):
+        return (Use("base"),)
+
+    def run(self, ctx):
+        CALLS.append("demanding")
+        return Result()
+
+
 class Twice(Technique):
     """Builds on one technique twice."""
 
@@ -183,7 +197,7 @@ class Maps(Technique):
 @pytest.fixture(scope="module")
 def mine():
     made = types.ModuleType("made")
-    made.harness_techniques = hookimpl(lambda: [Probe, Base, Above, Twice, OnPictures, Labels, Maps, Judge, Higher, EachOne])
+    made.harness_techniques = hookimpl(lambda: [Probe, Base, Above, Demanding, Twice, OnPictures, Labels, Maps, Judge, Higher, EachOne])
     return discover([*_installed(), (Origin("mine", "0.3", "mine"), lambda: made)])
 
 
@@ -404,6 +418,24 @@ def test_what_does_not_apply_says_so(go, technique, model, dataset, message):
     assert outcomes[0].run.record.status == "not_applicable"
     assert message in outcomes[0].run.record.error.message
     assert exit_code(outcomes) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "message"),
+    [
+        ("digits_linear", "snow_train", "needs a model with convolutions"),
+        ("digits_cnn", "digits", "needs pictures in which something is marked"),
+        ("digits_cnn", "snow_train", ""),
+    ],
+)
+def test_nothing_is_computed_for_what_does_not_apply(go, model, dataset, message):
+    _, outcomes = go(("demanding", {}), models=[model], datasets=[dataset])
+    record = outcomes[0].run.record
+    if message:
+        assert CALLS == [] and record.status == "not_applicable"
+        assert message in record.error.message
+    else:
+        assert CALLS == ["base 1", "demanding"] and record.status == "finished"
 
 
 def test_the_record_tells_everything(go):
