@@ -128,7 +128,7 @@ def sweeps(params: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def needs_data(technique: type[Technique]) -> bool:
-    return bool(technique.needs & {"images", "dataset", "labels"})
+    return bool(technique.needs & {"images", "dataset", "labels", "marks"})
 
 
 def expand(

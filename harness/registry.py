@@ -174,9 +174,6 @@ class StylerEntry(ModelEntry):
     styles: list[str]
 
 
-Side = Annotated[int, Field(ge=32)]
-
-
 class StylerRecipe(_Entry):
     """How such a network is trained: the losses of style transfer, on the network's pictures (Johnson et al. 2016)."""
 
@@ -190,7 +187,7 @@ class StylerRecipe(_Entry):
     batch_size: Positive = 4
     learning_rate: Annotated[float, Field(gt=0)] = 0.001
     optimiser: Literal["adam", "muon"] = "adam"  # muon: of the kernels; norms and biases are learnt by Adam all the same
-    crop: Side | tuple[Side, Side] = 256  # pixels; with `shown` the root of the area, or the least and the most of it
+    crop: int | tuple[int, int] = 256  # pixels; with `shown` the root of the area, or the least and the most of it
     shown: Annotated[float, Field(ge=0.1, le=1)] | None = None  # least share of what a crop can show of its picture; see `crops`
     style_size: Annotated[int, Field(ge=32)] = 256
     content_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -203,6 +200,14 @@ class StylerRecipe(_Entry):
     base: str = ""  # a styler that learns further styles: their rows of its norms alone
     start: str = ""  # a styler that the network begins as; its width, blocks and norm are that one's
     seed: int = 0
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _sides(cls, value: Any) -> Any:
+        sides = value if isinstance(value, list | tuple) else [value]
+        if len(sides) not in (1, 2) or not all(type(side) is int and side >= 32 for side in sides):
+            raise ValueError("must be a number of pixels from 32 up, or two, the least and the most")
+        return tuple(sides) if len(sides) == 2 else sides[0]
 
     @model_validator(mode="after")
     def _consistent(self) -> StylerRecipe:

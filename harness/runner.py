@@ -629,7 +629,7 @@ def check_needs(technique: Technique, ctx: Any) -> None:
         _ = model.class_count  # raises NotApplicable itself
     if "labels" in needs and ctx.labels is None:
         raise NotApplicable("needs pictures whose labels are classes of this model")
-    if "marks" in needs and (ctx.dataset is None or ctx.dataset.marks is None):
+    if "marks" in needs and ctx.dataset.marks is None:
         raise NotApplicable("needs pictures in which something is marked: a dataset with `masks`, or a planted one")
     kinds = {"conv": torch.nn.Conv2d, "linear": torch.nn.Linear}
     for need, kind in kinds.items():

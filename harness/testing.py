@@ -109,6 +109,8 @@ def run_once(
     results: dict[str, Mapping[str, Artifact]] = {}
     missing: dict[str, str] = {}
     plugins = load_plugins()
+    bare = Context(model, labels=labels_of(dataset, model), ids=dataset.ids, dataset=dataset, technique=technique.name)
+    check_needs(technique, bare)
     for use in plugins.uses(technique):
         other = plugins.technique(use.technique).build(use.params)
         try:
@@ -134,7 +136,6 @@ def run_once(
         missing=missing,
         registry=load_registry(),
     )
-    check_needs(technique, ctx)
     return technique.run(ctx)
 
 

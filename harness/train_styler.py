@@ -169,7 +169,7 @@ def _shape(picture: Image.Image, size: int | tuple[int, int], random: np.random.
     ratio = picture.width / picture.height * float(random.uniform(shown, 1 / shown))
     ratio = min(max(ratio, 1 / WIDEST), WIDEST)
     side = float(random.uniform(least, most))
-    height, width = (max(GRID, GRID * round(n / GRID)) for n in (side / ratio**0.5, side * ratio**0.5))
+    height, width = (max(2 * GRID, GRID * round(n / GRID)) for n in (side / ratio**0.5, side * ratio**0.5))
     return height, width
 
 
@@ -201,6 +201,7 @@ def train_styler(
             )
     with device_settings(device):
         kind = device_kind(device)
+        origin = _origin(recipe.start, registry) if recipe.start else {}  # before its file may be written over
         task = task_of(recipe, registry, kind)
         module, args, names, first = _network(recipe, registry, task.encoder.input.channels, names, kind)
         history = fit(module, task, recipe, data, first, folder / f"{name}.state.safetensors", report, lenient=True)
@@ -214,7 +215,7 @@ def train_styler(
         "recipe": recipe.model_dump(mode="json"),
         "args": args,
         "styles": names,
-        **({"start": _origin(recipe.start, registry)} if recipe.start else {}),
+        **({"start": origin} if origin else {}),
         "encoder": {"name": recipe.encoder, "weights": task.encoder.weights},
         "data": {"name": recipe.dataset, "pictures": len(data), "fingerprint": data.fingerprint},
         "losses": {k: [float(np.mean(v[i : i + tail])) for i in range(0, len(v), tail)] for k, v in history.items()},
@@ -245,8 +246,10 @@ def _origin(name: str, registry: Registry) -> dict[str, Any]:
     path = source.path(rest, entry)
     card = path.with_suffix(".json") if path else None
     if card is not None and card.is_file():
-        with suppress(ValueError):  # somebody else's file, or another's
-            found["card"] = json.loads(card.read_text())
+        with suppress(ValueError, OSError):  # no card, and nothing that the training needs
+            content = json.loads(card.read_text("utf-8"), parse_constant=lambda name: None)
+            if isinstance(content, dict) and content.get("sha256") == found["sha256"]:
+                found["card"] = content
     return found
 
 
@@ -283,7 +286,13 @@ def _network(
             "channels": channels, "width": recipe.width, "blocks": recipe.blocks, "styles": len(names), "norm": recipe.norm,
         }  # fmt: skip
         if recipe.start:
-            args = {**registry.styler(recipe.start).args, "styles": len(names)}
+            start = registry.styler(recipe.start)
+            if start.builder != BUILDER or start.args.get("channels", 3) != channels:
+                raise ConfigError(
+                    f"{recipe.where}: a network that learns by {recipe.encoder!r} begins as one of {BUILDER} with {channels} channels, "
+                    f"and styler {recipe.start!r} ({start.where}) is another"
+                )
+            args = {**start.args, "styles": len(names)}
         if not recipe.base:
             module = TransformNet(**args)
             if recipe.start:

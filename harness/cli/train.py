@@ -32,7 +32,7 @@ from .main import State
 @click.option("--limit", type=click.IntRange(5), help="Of a network: train on as many pictures, spread evenly.")
 @click.option("--style", multiple=True, help="Of a styler: a picture, as DATASET:ID or a path; several make one network of several styles.")
 @click.option("--base", default="", help="Of a styler: one that is to learn these styles besides its own.")
-@click.option("--start", default="", help="Of a styler: one to begin as, which is far quicker than from nothing; default the recipe's.")
+@click.option("--start", default="", help="Of a styler: one to begin as, whose width, blocks and norm it has; default the recipe's.")
 @click.option("--steps", type=click.IntRange(1, 100_000), help="Of a styler: training steps; default the recipe's.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.pass_obj
@@ -76,7 +76,11 @@ def command(
     for key, value in given.items():
         if value and key not in takes[kind]:
             raise ConfigError(f"recipe {recipe!r} trains a {kind}, which has no --{key}; it takes --{', --'.join(sorted(takes[kind]))}")
+    if base and start:
+        raise ConfigError("--base learns further styles by a network, --start learns anew from one: give one of them")
     changed = {key: value for key, value in given.items() if value}
+    if base or start:
+        changed |= {"base": base, "start": start}
     if dataset and kind != "styler":
         changed["test_dataset"] = ""
     if (encoder or layer) and kind == "generator":

@@ -48,7 +48,7 @@ class ImageGrid(Technique):
     @model_validator(mode="after")
     def _consistent(self) -> ImageGrid:
         if self.mode == "unique" and self.side**2 > CELLS:
-            raise ValueError(f"side {self.side}: that many cells a side are more than the {CELLS} of the unique mode; use mode nearest")
+            raise ValueError(f"{self.side} x {self.side} cells are more than the {CELLS} of the unique mode; use mode nearest")
         return self
 
     def uses(self) -> tuple[Use, ...]:

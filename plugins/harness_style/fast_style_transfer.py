@@ -151,6 +151,8 @@ class FastStyleTransfer(Technique):
                 "shown": None,
                 "batch_size": 4,
                 "optimiser": "adam",
+                "learning_rate": 0.002,
+                "start": "",
                 "steps": self.train_steps,
                 "seed": ctx.seed,
             }

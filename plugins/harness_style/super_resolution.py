@@ -35,7 +35,7 @@ class SuperResolution(Technique):
 
     name = "super_resolution"
     family = "style"
-    version = 2
+    version = 3
     paper = Paper(
         "Johnson, Alahi, Fei-Fei", 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", arxiv="1603.08155"
     )

@@ -638,6 +638,7 @@ def test_a_generator_of_ones_own_pictures(cli, tmp_path):
         (["train", "digits_cnn", "--layer", "features.1"], "trains a network, which has no --layer"),
         (["train", "digits_cnn", "-d", "photos"], "needs datasets with labels for its classes"),
         (["train", "generator", "--style", "a.png"], "trains a generator, which has no --style"),
+        (["train", "generator", "--start", "ihc_style"], "trains a generator, which has no --start"),
         (["train", "generator", "-d", "nowhere/"], "no such folder"),
         (["train", "generator", "--encoder", "squeezenet"], "no model 'squeezenet'"),
         (["train", "digits_cnn_code", "--layer", "classifier.9"], "no layer 'classifier.9'"),
@@ -688,6 +689,13 @@ def test_a_style_of_ones_own(cli, tmp_path):
     assert "no styler 'mime'; did you mean 'mine'" in cli(*run[:-1], "styler=mime", "-t", "fast_style_transfer", code=2)[1]
     cli("-r", "r.yaml", "-r", "made/mine.yaml", "train", "tiny", "--base", "mine", "-n", "two", "-o", "made", "--device", "cpu")
     assert json.loads((tmp_path / "made" / "two.json").read_text())["styles"] == ["painting", "ihc"]
+    onward = ["-r", "r.yaml", "-r", "made/mine.yaml", "train", "tiny", "--start", "mine", "-n", "on", "-o", "made", "--device", "cpu"]
+    cli(*onward)
+    assert json.loads((tmp_path / "made" / "on.json").read_text())["start"]["card"]["name"] == "mine"
+    assert "give one of them" in cli(*onward, "--base", "mine", code=2)[1]
+    # What is given takes the place of the recipe's other one, and of `start` in the card.
+    cli("-r", "r.yaml", "-r", "made/mine.yaml", "-r", "made/on.yaml", "train", "on", "--base", "mine", "-n", "three", "-o", "made")
+    assert "start" not in json.loads((tmp_path / "made" / "three.json").read_text())
     assert "there is no picture" in cli("-r", "r.yaml", "train", "tiny", "--style", "none.png", "-o", "made", code=2)[1]
     slow = [
         "run",

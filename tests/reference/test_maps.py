@@ -292,7 +292,7 @@ def test_neighbours_on_the_grid_of_digits_are_alike(digits_cnn, registry):
 
 
 def test_what_the_grid_refuses(digits_cnn):
-    with pytest.raises(ConfigError, match="side 60: that many cells a side are more than the 2500 of the unique mode"):
+    with pytest.raises(ConfigError, match="60 x 60 cells are more than the 2500"):
         ImageGrid.build({"side": 60})
     result = run_once(ImageGrid(side=4, mode="nearest"), digits_cnn, small_dataset(8))
     assert (artifact(result, "cells").data["pictures"] >= 0).all()
