@@ -37,5 +37,5 @@ clean:
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[samples,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[samples,vgg,dev]'
 	touch $@

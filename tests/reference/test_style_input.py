@@ -179,8 +179,13 @@ def test_of_many_pictures_twenty_are_judged(registry, small):
 @pytest.mark.usefixtures("no_work")
 def test_a_preset_is_for_its_network(folder, registry):
     data = folder({"a.png": (80, 60)})
-    with pytest.raises(ConfigError, match="preset: vgg19 names VGG-19's layers, and 'vgg16@random' is another network"):
-        run_once(StyleTransfer(size=64, preset="vgg19"), load_model("vgg16@random", registry), data)
+    for preset, name, called in (
+        ("vgg19", "vgg16_features", "VGG-19"),
+        ("vgg16", "vgg19@random", "VGG-16"),
+        ("vgg16", "squeezenet1_1", "VGG-16"),
+    ):
+        with pytest.raises(ConfigError, match=f"preset: {preset} names {called}'s layers, and '{name}' is another network"):
+            run_once(StyleTransfer(size=64, preset=preset), load_model(name, registry), data)
 
 
 def test_weights_without_measure_give_the_picture_and_say_so(folder, small):

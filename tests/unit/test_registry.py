@@ -14,6 +14,7 @@ SHIPPED = [
     "squeezenet1_1",
     "alexnet",
     "vgg16",
+    "vgg16_features",
     "vgg19",
     "googlenet",
     "resnet18",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.errors import ConfigError, WeightsError
+from harness.errors import ConfigError, NotApplicable, WeightsError
 from harness.models import load_model
+from harness.nets import VGG16Features
 from harness.registry import load_registry
-from harness.weights import read_numpy_pickle, read_weights, weights_hash, weights_present
+from harness.weights import read_numpy_pickle, read_onnx, read_weights, vgg16_from_keras, weight_source, weights_hash, weights_present
 
 
 class Evil:
@@ -48,11 +50,44 @@ def test_a_pytorch_file_that_runs_code_is_refused(tmp_path):
     assert not os.path.exists("/tmp/should-never-exist-harness")
 
 
-@pytest.mark.parametrize("name", ["w.pkl", "w.pth", "w.safetensors"])
+@pytest.mark.parametrize("name", ["w.pkl", "w.pth", "w.safetensors", "w.onnx"])
 def test_rubbish_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"rubbish")
     with pytest.raises(WeightsError, match="cannot be read"):
         read_weights(tmp_path / name)
+
+
+def onnx_file(path, arrays, outside=""):
+    """A graph that stores the arrays and does nothing with them."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    if outside:
+        onnx.external_data_helper.set_external_data(stored[0], outside)
+        stored[0].ClearField("raw_data")
+        stored[0].data_location = onnx.TensorProto.EXTERNAL
+    onnx.save(helper.make_model(helper.make_graph([], "arrays", [], [], stored)), path)
+    return path
+
+
+def test_the_arrays_of_an_onnx_graph_are_read(tmp_path):
+    arrays = {"w": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2), "b": np.array([1.5, -2.0])}
+    found = read_weights(onnx_file(tmp_path / "w.onnx", arrays))
+    assert list(found) == ["w", "b"]
+    assert all(np.array_equal(found[n], a) and found[n].dtype == a.dtype for n, a in arrays.items())
+
+
+def test_an_onnx_graph_that_reads_another_file_is_refused(tmp_path):
+    (tmp_path / "secret").write_bytes(bytes(8))
+    with pytest.raises(WeightsError, match="refused: 'w' is kept in another file"):
+        read_onnx(onnx_file(tmp_path / "w.onnx", {"w": np.zeros(2, np.float32)}, outside="secret"))
+
+
+def test_reading_onnx_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(WeightsError, match=r"needs the package 'onnx': pip install 'vision-harness\[vgg\]'"):
+        read_weights(tmp_path / "w.onnx")
 
 
 def test_an_unknown_kind_is_refused(tmp_path):
@@ -162,3 +197,71 @@ def test_converters_are_named_when_they_fail(tmp_path, registry):
 def test_a_path_does_not_leave_its_package(tmp_path):
     with pytest.raises(ConfigError, match="leads out of"):
         weights_hash("mine", overlay(tmp_path, weights="package:harness/../../x.pth").model("mine"))
+
+
+# -- VGG-16's convolutions ---------------------------------------------------------------------------------------------------
+
+
+def keras_arrays(seed=0):
+    """Arrays named and shaped as Keras's VGG-16 gives them, with a layer of a classifier behind."""
+    rng = np.random.default_rng(seed)
+    arrays = {"functional_1/dense_1/Cast/ReadVariableOp:0": np.ones((4, 2), np.float32)}
+    into = 3
+    for block, (width, count) in enumerate([(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)], 1):
+        for number in range(1, count + 1):
+            name = f"functional_1/block{block}_conv{number}_1"
+            arrays[f"{name}/convolution/ReadVariableOp:0"] = (rng.standard_normal((width, into, 3, 3)) / (9 * into) ** 0.5).astype(
+                np.float32
+            )
+            arrays[f"{name}/Squeeze:0"] = rng.standard_normal(width).astype(np.float32)
+            into = width
+    return arrays
+
+
+def test_kerass_vgg16_becomes_torchvisions(registry):
+    """The same maps as by Caffe's preprocessing: BGR in 0..255 less its means."""
+    from torch.nn.functional import conv2d, max_pool2d
+    from torchvision.models import vgg16
+
+    from harness.models import LoadedModel
+
+    arrays, entry = keras_arrays(), registry.model("vgg16_features")
+    network = VGG16Features()
+    network.load_state_dict(vgg16_from_keras(arrays, entry))
+    assert list(network.state_dict()) == [k for k in vgg16(weights=None).state_dict() if k.startswith("features")]
+    x = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    found = LoadedModel(network, entry.input, "vgg")(x)
+    mean = torch.tensor((103.939, 116.779, 123.68)).view(3, 1, 1)
+    maps = 255 * x.flip(1) - mean
+    # Zeros are padded behind torchvision's means, which are nearly Caffe's: with those here, that the maps may agree at the border too.
+    padding = torch.nn.functional.pad(maps - (255 * torch.tensor((0.406, 0.456, 0.485)).view(3, 1, 1) - mean), (1, 1, 1, 1))
+    maps = padding + (255 * torch.tensor((0.406, 0.456, 0.485)).view(3, 1, 1) - mean)
+    for block, count in enumerate((2, 2, 3, 3, 3), 1):
+        for number in range(1, count + 1):
+            name = f"functional_1/block{block}_conv{number}_1"
+            w, b = torch.from_numpy(arrays[f"{name}/convolution/ReadVariableOp:0"]), torch.from_numpy(arrays[f"{name}/Squeeze:0"])
+            maps = conv2d(maps, w, b, padding=0 if block == number == 1 else 1).relu()
+        maps = max_pool2d(maps, 2)
+    torch.testing.assert_close(found, maps, rtol=1e-3, atol=1e-3)
+    with pytest.raises(KeyError):
+        vgg16_from_keras({k: v for k, v in arrays.items() if "block5_conv3" not in k}, entry)
+
+
+def test_vgg16s_weights_are_the_published_ones(registry):
+    """Single numbers of Keras's VGG-16, of each part of it, as other projects print and assert them (FasterRCNN of B. Trzynadlowski)."""
+    entry = registry.model("vgg16_features")
+    state = vgg16_from_keras(read_onnx(weight_source(entry)[0].path(entry.weights.partition(":")[2], entry)), entry)
+    first = state["features.0.weight"][0, 2, 0, 0] / 255 / entry.input.std[2]  # blue, which came first
+    assert float(first) == pytest.approx(0.42947057, rel=1e-5)
+    assert float(state["features.2.weight"][63, 63, 2, 2]) == pytest.approx(0.016082443, rel=1e-6)
+    assert float(state["features.5.bias"][1]) == pytest.approx(0.06440781, rel=1e-6)
+    assert float(state["features.24.weight"][269, 63, 1, 0]) == pytest.approx(-0.011236359, rel=1e-6)
+    assert float(state["features.26.bias"][510]) == pytest.approx(0.23517226, rel=1e-6)
+    assert float(state["features.28.weight"][400, 0, 0, 2]) == pytest.approx(-0.008714244, rel=1e-6)
+
+
+def test_a_network_without_class_scores_says_what_it_lacks(registry):
+    model = load_model("vgg16_features", registry)
+    assert model(model.example()).shape == (1, 512, 7, 7)
+    with pytest.raises(NotApplicable, match="does not give class scores"):
+        _ = model.class_count
