@@ -191,7 +191,7 @@ def style(registry: Registry) -> None:
     def some(data: Dataset, *names: str) -> Dataset:
         return data.select(indices=[list(data.ids).index(n) for n in names])
 
-    def sheets(technique: Technique, data: Dataset, name: str) -> list[np.ndarray]:
+    def sheets(technique: Technique, data: Dataset, name: str, model: LoadedModel = model) -> list[np.ndarray]:
         found = {a.name: a for a in run_once(technique, model, data).artifacts}
         return [found[f"{name}-{i + 1}"].data for i in range(len(data))]
 
@@ -207,6 +207,10 @@ def style(registry: Registry) -> None:
     columns = [sheets(StyleTransfer(style=(f"textures:{n}.png",)), three, "transfer") for n in ("ihc", "brick")]
     lines = [beside([colour.picture(p) for p in (one[0], one[-1], two[-1])], 4) for one, two in zip(*columns, strict=True)]
     save(np.concatenate(lines), "transferred.jpg")
+    two, transfer = some(photos, "chelsea.png", "rocket.jpg"), StyleTransfer(size=400, steps=100)
+    columns = [sheets(transfer, two, "transfer", m) for m in (model, load_model("vgg16_features", registry))]
+    lines = [beside([colour.picture(p) for p in (one[0], one[-1], two[-1])], 4) for one, two in zip(*columns, strict=True)]
+    save(np.concatenate(lines), "vgg16.jpg")
     fast = sheets(FastStyleTransfer(steps=100), some(photos, "chelsea.png", "astronaut.png", "camera.png"), "transfer")
     save(np.concatenate([beside([colour.picture(p) for p in (sheet[0], sheet[2], sheet[3])], 4) for sheet in fast]), "fast.jpg")
     several = MultiStyleTransfer(size=200)
