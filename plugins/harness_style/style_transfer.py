@@ -159,9 +159,13 @@ class StyleTransfer(Technique):
     def run(self, ctx: Context) -> Result:
         from harness.datasets import flat
 
-        if self.preset and LAST_OF[self.preset] not in [name for name, _ in ctx.model.convolutions()][-1:]:
-            network = self.preset.upper().replace("VGG", "VGG-")
-            raise ConfigError(f"style_transfer.preset: {self.preset} names {network}'s layers, and {ctx.model.name!r} is another network")
+        if self.preset:
+            convolutions = [name for name, _ in ctx.model.convolutions() if name.startswith("features.")]  # and not those of a head
+            if convolutions[-1:] != [LAST_OF[self.preset]]:
+                network = self.preset.upper().replace("VGG", "VGG-")
+                raise ConfigError(
+                    f"style_transfer.preset: {self.preset} names {network}'s layers, and {ctx.model.name!r} is another network"
+                )
         settings = self.model_copy(update=PRESETS[self.preset]) if self.preset else self
         layers = style_layers(ctx, settings.style_layers)
         if not self.layer_weights:  # the paper's are all the same

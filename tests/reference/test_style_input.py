@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tracemalloc
+from collections import OrderedDict
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from harness import optimise as o
 from harness import train_styler as trainer
 from harness.errors import DataError
 from harness.models import LoadedModel, load_model
+from harness.nets import VGG16Features
 from harness.registry import InputSpec, StylerRecipe, load_registry
 from harness.stylers import load_styler
 from harness.testing import load_dataset, run_once
@@ -186,6 +188,12 @@ def test_a_preset_is_for_its_network(folder, registry):
     ):
         with pytest.raises(ConfigError, match=f"preset: {preset} names {called}'s layers, and '{name}' is another network"):
             run_once(StyleTransfer(size=64, preset=preset), load_model(name, registry), data)
+
+
+def test_a_preset_takes_a_network_with_another_head(folder):
+    model = LoadedModel(nn.Sequential(OrderedDict(features=VGG16Features().features, head=nn.Conv2d(512, 2, 1))), InputSpec(), "mine")
+    result = run_once(StyleTransfer(size=64, coarse=0, shifts=1, steps=0, preset="vgg16"), model, folder({"a.png": (80, 60)}))
+    assert any("content at features.20" in note for note in result.notes)
 
 
 def test_weights_without_measure_give_the_picture_and_say_so(folder, small):

