@@ -272,11 +272,9 @@ def test_kerass_vgg16_becomes_torchvisions(registry):
     assert list(network.state_dict()) == [k for k in vgg16(weights=None).state_dict() if k.startswith("features")]
     x = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     found = LoadedModel(network, entry.input, "vgg")(x)
-    mean = torch.tensor((103.939, 116.779, 123.68)).view(3, 1, 1)
-    maps = 255 * x.flip(1) - mean
+    caffe, ours = (torch.tensor(bgr).view(3, 1, 1) for bgr in ((103.939, 116.779, 123.68), (255 * 0.406, 255 * 0.456, 255 * 0.485)))
     # Zeros are padded behind torchvision's means, which are nearly Caffe's: with those here, that the maps may agree at the border too.
-    padding = torch.nn.functional.pad(maps - (255 * torch.tensor((0.406, 0.456, 0.485)).view(3, 1, 1) - mean), (1, 1, 1, 1))
-    maps = padding + (255 * torch.tensor((0.406, 0.456, 0.485)).view(3, 1, 1) - mean)
+    maps = torch.nn.functional.pad(255 * x.flip(1) - ours, (1, 1, 1, 1)) + ours - caffe
     for block, count in enumerate((2, 2, 3, 3, 3), 1):
         for number in range(1, count + 1):
             name = f"functional_1/block{block}_conv{number}_1"
@@ -289,7 +287,7 @@ def test_kerass_vgg16_becomes_torchvisions(registry):
 
 
 def test_vgg16s_weights_are_the_published_ones(registry):
-    """Single numbers of Keras's VGG-16, of each part of it, as other projects print and assert them (FasterRCNN of B. Trzynadlowski)."""
+    """Single numbers of the first, second and fifth block of Keras's VGG-16, as B. Trzynadlowski's FasterRCNN asserts them."""
     entry = registry.model("vgg16_features")
     state = vgg16_from_keras(read_onnx(weight_source(entry)[0].path(entry.weights.partition(":")[2], entry)), entry)
     first = state["features.0.weight"][0, 2, 0, 0] / 255 / entry.input.std[2]  # blue, which came first
