@@ -6,18 +6,58 @@ With x = L z, a step along the gradient in z moves x along L L^T g: the parametr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..device import at_least_single
 
+Matrix = np.ndarray[Any, np.dtype[np.float32]]
+NOTHING: Matrix = np.ones((1, 1), np.float32)
+
 
 class Conditioner(Protocol):
     def __call__(self, gradient: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Mixes(Protocol):
+    """A conditioner that can say what it does to a single pixel."""
+
+    def mixing(self, channels: int) -> Matrix | None:
+        """(C, C) by which it multiplies each pixel's colours, (1, 1) if it changes nothing; None if it does more than that."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """One conditioner after the other. Pictures come back with their colours side by side."""
+
+    parts: Sequence[Conditioner]
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        for part in self.parts:
+            gradient = part(gradient)
+        return gradient.contiguous(memory_format=form(gradient))
+
+    def mixing(self, channels: int) -> Matrix | None:
+        whole = NOTHING
+        for part in self.parts:
+            own = part.mixing(channels) if isinstance(part, Mixes) else None
+            if own is None:
+                return None
+            whole = own * whole if 1 in (own.size, whole.size) else own @ whole
+        return whole
+
+
+def form(z: Tensor) -> torch.memory_format:
+    """How variables lie in memory: of pictures each pixel's colours side by side, as the model takes them and gives gradients, so that
+    steps run over memory in order."""
+    return torch.channels_last if z.dim() == 4 else torch.contiguous_format
 
 
 # Covariance of RGB over 500 ImageNet pictures, one a class, shrunk to 64 x 64; mean of the diagonal 1.
@@ -46,6 +86,9 @@ class NaturalColours:
                 torch.mm(picture[part].view(-1, c * pixels), mixing, out=to[part].view(-1, c * pixels))
         return mixed.view(n, height, width, c).permute(0, 3, 1, 2)
 
+    def mixing(self, channels: int) -> Matrix | None:
+        return NOTHING if self.share == 0 or channels != 3 else _mixing(self.share, 1, torch.device("cpu"), torch.float32).numpy()
+
 
 @dataclass(frozen=True)
 class LowFrequencies:
@@ -60,6 +103,9 @@ class LowFrequencies:
         gradient = gradient.contiguous()  # colour by colour, in which order transforms are quickest
         scale = _frequency_scale(self.power, height, width, gradient.device, gradient.dtype)
         return torch.fft.irfft2(torch.fft.rfft2(gradient).mul_(scale), s=(height, width))
+
+    def mixing(self, channels: int) -> Matrix | None:
+        return NOTHING if self.power == 0 else None
 
 
 # Constants are made once: a copy from the host to a device in every step would make the loop wait for it.
@@ -102,3 +148,6 @@ class ClipSmallGradients:
         size = gradient.abs()
         threshold = quantile(size, self.percentile / 100).to(size.dtype).view(-1, *[1] * (gradient.dim() - 1))
         return torch.where(size >= threshold, gradient, torch.zeros_like(gradient))
+
+    def mixing(self, channels: int) -> Matrix | None:
+        return NOTHING if self.percentile == 0 else None

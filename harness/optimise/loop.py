@@ -12,7 +12,7 @@ from torch import Tensor
 from ..context import Draws
 from ..device import full_precision
 from ..models import LoadedModel
-from .conditioners import Conditioner
+from .conditioners import Conditioner, Conditions, form
 from .objectives import Objective, evaluate
 from .operators import Operator, Remembers
 from .parametrisations import Parametrisation, Pixels
@@ -163,12 +163,7 @@ def ascend(
     shots: list[tuple[int, Tensor]] = []
     wanted = {done + round((steps - done) * (i + 1) / snapshots) for i in range(snapshots)} if snapshots and steps > done else set()
     reached = done
-
-    def condition(move: Tensor) -> Tensor:
-        for conditioner in conditioners:
-            move = conditioner(move)
-        return move.contiguous(memory_format=_form(move))
-
+    condition = Conditions(conditioners)
     for step in range(done, steps):
         with during(step) if during else nullcontext():
             score, gradient = _score_and_gradient(model, objective, z, made, transforms, draws)
@@ -251,13 +246,7 @@ def _rule(rule: StepRule | Rule, gain: float) -> Rule:
 
 
 def _laid_out(z: Tensor) -> Tensor:
-    """A copy, pictures with their colours side by side as the model takes them and gives gradients: steps then run over memory
-    in order."""
-    return z.clone(memory_format=_form(z))
-
-
-def _form(z: Tensor) -> torch.memory_format:
-    return torch.channels_last if z.dim() == 4 else torch.contiguous_format
+    return z.clone(memory_format=form(z))
 
 
 def _finite(gradient: Tensor) -> Tensor:

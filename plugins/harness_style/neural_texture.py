@@ -28,7 +28,7 @@ class NeuralTexture(Technique):
 
     name = "neural_texture"
     family = "style"
-    version = 7
+    version = 8
     paper = Paper("Gatys, Ecker, Bethge", 2015, "Texture Synthesis Using Convolutional Neural Networks", arxiv="1505.07376")
     needs = frozenset({"dataset", "conv"})
     per_picture = True

@@ -80,7 +80,7 @@ class StyleTransfer(Technique):
 
     name = "style_transfer"
     family = "style"
-    version = 7
+    version = 8
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     per_picture = True

@@ -3,19 +3,13 @@ which calls of numpy are too long. Importing this imports numba."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 
+from harness.compiled import compiled
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compiled once a machine where there is a folder to keep it in, else once a process."""
-    try:
-        return numba.njit(fastmath=True, cache=True)(function)
-    except RuntimeError:
-        return numba.njit(fastmath=True)(function)
+_jit = compiled(fastmath=True)
 
 
 @_jit

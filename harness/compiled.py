@@ -1,0 +1,21 @@
+"""Loops that neither torch nor numpy runs quickly, compiled by numba. Importing this imports numba."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+
+def compiled(*, fastmath: bool | set[str], parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator: compiled once a machine where there is a folder to keep it in, else once a process. `fastmath` says which of the rules
+    of floating point may be broken, as numba.njit has it."""
+
+    def compile_one(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(fastmath=fastmath, parallel=parallel, cache=True)(function)
+        except RuntimeError:
+            return numba.njit(fastmath=fastmath, parallel=parallel)(function)
+
+    return compile_one

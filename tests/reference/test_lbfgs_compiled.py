@@ -1,0 +1,172 @@
+"""The compiled passes of L-BFGS against torch's operations and numpy's, in the rule and in the loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from harness import optimise as o
+from harness.context import Draws
+from harness.optimise import lbfgs_compiled, rules
+from harness.optimise.conditioners import Conditions
+
+KERNELS = ("_changes", "_mixed", "_onward")
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Pictures of any size go through the compiled passes; which of them ran."""
+    found = []
+    run = lbfgs_compiled._run
+
+    def noted(kernel, *arguments):
+        found.append(kernel)
+        run(kernel, *arguments)
+
+    monkeypatch.setattr(rules, "LARGE", 1)
+    monkeypatch.setattr(lbfgs_compiled, "_run", noted)
+    return lambda: {name for name in KERNELS if getattr(lbfgs_compiled, name) in found}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Sharper:
+    """A conditioner from elsewhere, which says nothing about pixels."""
+
+    def __call__(self, gradient):
+        return gradient + 0.5 * gradient.flip(3)
+
+
+@pytest.mark.parametrize(
+    ("conditioners", "passes"),
+    [
+        ([], set(KERNELS)),
+        ([o.NaturalColours(0.6)], set(KERNELS)),
+        ([o.ClipSmallGradients(0), o.NaturalColours(1.0), o.NaturalColours(0.3), o.LowFrequencies(0)], set(KERNELS)),
+        ([o.NaturalColours(1.0), o.LowFrequencies(1.0)], {"_changes", "_onward"}),
+        ([Sharper()], {"_changes", "_onward"}),
+    ],
+)
+def test_compiled_steps_are_those_of_torch(conditioners, passes, ran, monkeypatch):
+    """Two pictures of a block and a part, whose steps are kept and taken back at different times."""
+    shape, condition = (2, 3, 33, 47), Conditions(conditioners)
+    ways = [(10**9, o.LBFGS(history=3), {}), (1, o.LBFGS(history=3), {})]
+    stretch = normal(*shape).exp()
+    z, gradient = normal(*shape, seed=1), normal(*shape, seed=2)
+    for step in range(9):
+        steps = []
+        for large, rule, memory in ways:
+            monkeypatch.setattr(rules, "LARGE", large)
+            steps.append(rule(memory, gradient, condition, 0.1, step, False))
+        assert float((steps[1] - steps[0]).norm() / steps[0].norm()) < 1e-4
+        rose = torch.tensor([step != 4, step not in (5, 7)])
+        moved = normal(*shape, seed=10 + step)
+        new, slope = z + moved, gradient - stretch * moved
+        slope[~rose] = torch.nan
+        for large, rule, memory in ways:
+            monkeypatch.setattr(rules, "LARGE", large)
+            rule.judged(memory, rose, (new, z), (slope, gradient), step + 1)
+        kept = rose.view(-1, 1, 1, 1)
+        z, gradient = torch.where(kept, new, z), torch.where(kept, slope, gradient)
+    assert ran() == passes
+    for name, value in ways[0][2].items():
+        torch.testing.assert_close(ways[1][2][name], value, rtol=1e-4, atol=1e-5 * float(value.double().abs().max()))
+
+
+@pytest.mark.parametrize("colours", [1, 2, 3, 4])
+@pytest.mark.parametrize("pixels", [5, lbfgs_compiled.BLOCK, 100_000])
+def test_colours_are_mixed_pixel_by_pixel(colours, pixels):
+    gradient, bends, shares = normal(pixels * colours), normal(5, pixels * colours, seed=1), normal(5, seed=2)
+    mixing = normal(colours, colours, seed=3).numpy()  # what is turned over or moved is another matrix
+    found = torch.empty_like(gradient)
+    sums = lbfgs_compiled.mixed(gradient, bends, shares, found, mixing)
+    q = gradient.double().numpy() + shares.double().numpy() @ bends.double().numpy()
+    wanted = (q.reshape(pixels, colours) @ mixing.T.astype(np.float64)).ravel()
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-5)
+    products = [*(bends.double().numpy() @ wanted), q @ wanted, q @ q]
+    np.testing.assert_allclose(sums.numpy(), products, rtol=1e-4, atol=1e-5 * (q @ q))
+
+
+def test_changes_are_stored_and_their_products_are_numpys():
+    size = 250_000
+    z, before, gradient, earlier = (normal(size, seed=i) for i in range(4))
+    moves, bends = normal(3, size, seed=4), normal(3, size, seed=5)
+    others = moves[[0, 2]].clone(), bends[[0, 2]].clone()
+    sums = lbfgs_compiled.changes(z, before, gradient, earlier, moves, bends, 1)
+    assert torch.equal(moves[1], z - before) and torch.equal(bends[1], gradient - earlier)
+    assert torch.equal(moves[[0, 2]], others[0]) and torch.equal(bends[[0, 2]], others[1])
+    s, y = moves.double(), bends[1].double()
+    torch.testing.assert_close(sums.double(), torch.stack([*(s @ gradient.double()), s[1] @ y, y @ y]), rtol=1e-4, atol=0.5)
+
+
+def test_threads_change_no_bit_and_torchs_are_as_many_as_before():
+    import numba
+
+    before, ours = torch.get_num_threads(), numba.get_num_threads()
+    size = 250_000
+    found = []
+    try:
+        for threads in (1, before):
+            torch.set_num_threads(threads)
+            to, moves = torch.empty(size), torch.zeros(3, size)
+            sums = lbfgs_compiled.changes(*(normal(size, seed=i) for i in range(4)), moves, torch.zeros(3, size), 1)
+            more = lbfgs_compiled.mixed(normal(size), moves, normal(3), to, np.ones((1, 1), np.float32))
+            lbfgs_compiled.onward(to, 0.5, moves, normal(3))
+            found.append((sums, more, to))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert numba.get_num_threads() == ours
+
+
+def test_what_is_not_a_number_stays_so():
+    gradient = normal(5000)
+    gradient[3000] = torch.nan
+    sums = lbfgs_compiled.changes(normal(5000), normal(5000), gradient, normal(5000), torch.zeros(2, 5000), torch.zeros(2, 5000), 0)
+    assert torch.isnan(sums).all()
+    to = torch.empty(5000)
+    assert torch.isnan(lbfgs_compiled.mixed(gradient, torch.ones(2, 5000), normal(2), to, np.ones((1, 1), np.float32))).all()
+    assert torch.isnan(to).nonzero().flatten().tolist() == [3000]
+
+
+def ascent(model, start, steps, begin=None, **settings):
+    random = Draws([str(i) for i in range(len(start))], torch.device("cpu"), torch.float32, 0)
+    classes = torch.tensor([3, 8])[: len(start)]
+    objective = o.class_score(classes) - 0.1 * o.squared_norm(0.5)
+    return o.ascend(model, objective, start, steps=steps, step_size=0.02, draws=random, rule="lbfgs", begin=begin, **settings)
+
+
+def test_the_loop_climbs_as_high_by_either(ran, digits_cnn, monkeypatch):
+    start = torch.rand((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    made = ascent(digits_cnn, start, 40)
+    assert ran() == set(KERNELS)
+    assert (made.scores.diff(dim=0) >= 0).all()
+    assert "ahead" not in made.state.memory
+    monkeypatch.setattr(rules, "LARGE", 10**9)
+    peer = ascent(digits_cnn, start, 40)
+    torch.testing.assert_close(made.scores[:6], peer.scores[:6], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.scores[-1], peer.scores[-1], rtol=0.02, atol=0)
+
+
+def test_going_on_is_as_if_it_had_not_stopped(ran, digits_cnn):
+    start = torch.rand((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    whole = ascent(digits_cnn, start, 31, operators=[o.Clamp()])
+    for stop in (1, 13):
+        first = ascent(digits_cnn, start, stop, operators=[o.Clamp()])
+        begin = o.State.of({k: np.asarray(v).copy("C") for k, v in first.state.arrays().items()}, torch.device("cpu"))
+        rest = ascent(digits_cnn, start, 31, begin=begin, operators=[o.Clamp()])
+        assert torch.equal(rest.images, whole.images)
+    assert ran() == set(KERNELS)
+
+
+def test_one_form_of_every_pass_is_compiled(ran, digits_cnn):
+    """Arrays that lie otherwise would be compiled for anew, which takes seconds."""
+    start = torch.rand((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    first = ascent(digits_cnn, start, 5)
+    begin = o.State.of({k: np.asarray(v).copy("C") for k, v in first.state.arrays().items()}, torch.device("cpu"))
+    ascent(digits_cnn, start, 10, begin=begin)
+    ascent(digits_cnn, start[:1], 5)
+    assert all(len(getattr(lbfgs_compiled, name).signatures) == 1 for name in KERNELS)
