@@ -91,7 +91,7 @@ def resolve(
     text = str(spec)
     kind, _, rest = text.partition(":")
     if text in ("predicted", "labelled"):
-        _ = model.class_count  # NotApplicable where there are no class scores
+        _check_scores(model)
     if text == "predicted":
         return _classes(model, predicted())
     if text == "labelled":
@@ -102,7 +102,15 @@ def resolve(
         return _inner(kind, rest, model, count)
     if ":" in text and text not in model.classes:
         return _function(text, count)
+    _check_scores(model)
     return _classes(model, [model.class_index(spec)] * count)
+
+
+def _check_scores(model: LoadedModel) -> None:
+    try:
+        _ = model.class_count
+    except NotApplicable as none:
+        raise NotApplicable(f"{none}: give a `target` such as layer:NAME or channel:NAME:C (`harness show {model.name}`)") from None
 
 
 def _kind(spec: str | int) -> str:

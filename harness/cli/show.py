@@ -54,9 +54,8 @@ def _model(registry: Any, name: str, as_json: bool) -> None:
         return
     spec = model.input
     click.echo(f"{name}: {registry.model(name).description}")
-    click.echo(
-        f"input {spec.channels} x {spec.size} x {spec.size} in [0, 1], {len(model.classes)} named classes, weights {model.weights[:16]}"
-    )
+    classes = len(model.classes) or "no"
+    click.echo(f"input {spec.channels} x {spec.size} x {spec.size} in [0, 1], {classes} named classes, weights {model.weights[:16]}")
     table = Table("layer", "kind", "output", "receptive field", "stride", "parameters", box=None, pad_edge=False)
     for r in rows:
         field = "" if r.receptive_field is None else "whole" if r.receptive_field == 0 else str(r.receptive_field)

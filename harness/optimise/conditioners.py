@@ -29,7 +29,7 @@ class Conditioner(Protocol):
 class Mixes(Protocol):
     """A conditioner that can say what it does to a single pixel."""
 
-    def mixing(self, channels: int) -> Matrix | None:
+    def colour_matrix(self, channels: int) -> Matrix | None:
         """(C, C) by which it multiplies each pixel's colours, (1, 1) if it changes nothing; None if it does more than that."""
 
 
@@ -44,10 +44,10 @@ class Conditions:
             gradient = part(gradient)
         return gradient.contiguous(memory_format=form(gradient))
 
-    def mixing(self, channels: int) -> Matrix | None:
+    def colour_matrix(self, channels: int) -> Matrix | None:
         whole = NOTHING
         for part in self.parts:
-            own = part.mixing(channels) if isinstance(part, Mixes) else None
+            own = part.colour_matrix(channels) if isinstance(part, Mixes) else None
             if own is None:
                 return None
             whole = own * whole if 1 in (own.size, whole.size) else own @ whole
@@ -86,7 +86,7 @@ class NaturalColours:
                 torch.mm(picture[part].view(-1, c * pixels), mixing, out=to[part].view(-1, c * pixels))
         return mixed.view(n, height, width, c).permute(0, 3, 1, 2)
 
-    def mixing(self, channels: int) -> Matrix | None:
+    def colour_matrix(self, channels: int) -> Matrix | None:
         return NOTHING if self.share == 0 or channels != 3 else _mixing(self.share, 1, torch.device("cpu"), torch.float32).numpy()
 
 
@@ -104,7 +104,7 @@ class LowFrequencies:
         scale = _frequency_scale(self.power, height, width, gradient.device, gradient.dtype)
         return torch.fft.irfft2(torch.fft.rfft2(gradient).mul_(scale), s=(height, width))
 
-    def mixing(self, channels: int) -> Matrix | None:
+    def colour_matrix(self, channels: int) -> Matrix | None:
         return NOTHING if self.power == 0 else None
 
 
@@ -149,5 +149,5 @@ class ClipSmallGradients:
         threshold = quantile(size, self.percentile / 100).to(size.dtype).view(-1, *[1] * (gradient.dim() - 1))
         return torch.where(size >= threshold, gradient, torch.zeros_like(gradient))
 
-    def mixing(self, channels: int) -> Matrix | None:
+    def colour_matrix(self, channels: int) -> Matrix | None:
         return NOTHING if self.percentile == 0 else None

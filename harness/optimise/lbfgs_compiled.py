@@ -8,7 +8,6 @@ that nothing comes over its borders.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compiled import compiled
+from ..compiled import call, compiled
 from .conditioners import Matrix
 
 BLOCK = 1536  # values, of as many arrays as are used at once in the innermost cache; of 1, 2, 3 and 4 colours whole pixels
@@ -25,7 +24,8 @@ PARTS = 64  # in which sums are taken, however many threads there are, so that t
 
 # Sums in any order, as there is none to prefer; what is not a number stays one.
 _jit = compiled(fastmath={"reassoc", "contract", "nsz"}, parallel=True)
-# One of the libraries that numba may run threads by must not be entered twice.
+# Of the libraries that numba may run threads by one, workqueue, must not be entered twice: other compiled loops of a process that has
+# neither OpenMP nor TBB may not run at the same time in another thread.
 _turn = Lock()
 
 
@@ -125,16 +125,20 @@ def onward(first: Tensor, factor: float, moves: Tensor, shares: Tensor) -> None:
     _run(_onward, first.numpy(), np.float32(factor), moves.numpy(), shares.numpy(), PARTS)
 
 
-def _run(kernel: Callable[..., None], *arguments: object) -> None:
-    """By as many threads as torch has, as far as numba has them."""
+def _run(kernel: Any, *arguments: object) -> None:
+    """By as many threads as torch has, as far as numba has them. Torch keeps its number, which numba's start would change where both run
+    their threads by OpenMP."""
     config: Any = numba.config
+    threads = torch.get_num_threads()
     with _turn:
         before = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
         try:
-            kernel(*arguments)
+            call(kernel, *arguments)
         finally:
             numba.set_num_threads(before)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
 
 
 def _added(sums: Matrix) -> Tensor:

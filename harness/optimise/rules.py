@@ -57,7 +57,7 @@ def _tiny(x: Tensor) -> float:
     return float(torch.finfo(x.dtype).tiny)
 
 
-def _over(size: float, length: Tensor) -> Tensor:
+def _over(size: float | Tensor, length: Tensor) -> Tensor:
     """size / length, and no step at all where there is no gradient."""
     return torch.where(length > 0, size / length.clamp_min(_tiny(length)), torch.zeros_like(length))
 
@@ -232,9 +232,9 @@ class LBFGS:
         system = torch.where(good & good.mT, products.tril(), torch.eye(m, dtype=kind, device=g.device))
         along = along.gather(1, newest[:, :, None]).to(kind) * good
         of_y = torch.linalg.solve_triangular(system, along, upper=False)
-        first, across, overlap, square = _conditioned(memory["bends"], gradient, _placed(of_y, newest, g), condition)
+        first, across, unit = _conditioned(memory["bends"], gradient, _placed(of_y, newest, g), condition)
         # In the units of the inverse Hessian, whatever those of the conditioners are; along the gradient while nothing is known.
-        scale = memory["curvature"][:, None] * _over(1.0, overlap) * square
+        scale = memory["curvature"][:, None] * unit
         known = scale > 0
         if g.device.type != "cpu" or not bool(known.all()):  # on a CPU looking costs less than another pass over memory
             scale = torch.where(known, scale, _over(size, root_mean_square(first)))
@@ -276,43 +276,59 @@ def _stored(memory: Memory, place: Tensor, rose: Tensor, moved: Change, bent: Ch
     """Changes of variables and gradient, none where a step is taken back, put in their places (N,) of the rings; (N, 1) the products
     s . y and y . y of them."""
     moves, bends = memory["moves"], memory["bends"]
-    if _large(moves[:, 0]) and bool(rose.all()):
-        from .lbfgs_compiled import changes
-
-        pictures = zip(*map(_flat, (*moved, *bent)), moves, bends, place.tolist(), strict=True)
-        found = torch.stack([changes(*one) for one in pictures])
-        memory["ahead"] = found[:, :-2]  # which the next call begins with
-        return -found[:, -2:-1], found[:, -1:]
+    if _large(moves[:, 0]):
+        found = [_changes(*one) for one in zip(rose.tolist(), *map(_rows, (*moved, *bent)), moves, bends, place.tolist(), strict=True)]
+        sums = torch.stack(found)
+        memory["ahead"] = sums[:, :-2]  # which the next call begins with
+        return -sums[:, -2:-1], sums[:, -1:]
     s, b = (_put(ring, place, rose, change) for ring, change in ((moves, moved), (bends, bent)))
     return -_product(s, b), _product(b, b)
 
 
-def _conditioned(bends: Tensor, gradient: Tensor, shares: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What conditioners make (N, D) of q = gradient + shares (N, 1, m) bends (N, m, D); and the products with that of the bends
-    (N, m, 1) and of q (N, 1), and of q with itself (N, 1)."""
+def _changes(rose: bool, z: Tensor, before: Tensor, gradient: Tensor, earlier: Tensor, moves: Tensor, bends: Tensor, place: int) -> Tensor:
+    """What `changes` gives for one picture; after a step that is taken back the gradient is the earlier one."""
+    if rose:
+        from .lbfgs_compiled import changes
+
+        return changes(z, before, gradient, earlier, moves, bends, place)
+    moves[place], bends[place] = 0, 0
+    return torch.cat([torch.mv(moves, earlier), moves.new_zeros(2)])
+
+
+def _conditioned(bends: Tensor, gradient: Tensor, shares: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
+    """What conditioners make (N, D) of q = gradient + shares (N, 1, m) bends (N, m, D), which may be written over; the products of the
+    bends with it (N, m, 1); and q . q over its product with q (N, 1), which brings it to the units of q."""
     g = _flat(gradient)
-    mixing = _mixing(condition, gradient) if _large(g) else None
-    if mixing is not None:
+    matrix = _colour_matrix(condition, gradient) if _large(g) else None
+    if matrix is not None:
         from .lbfgs_compiled import mixed
 
-        made = torch.empty_like(g)
-        sums = torch.stack([mixed(*one, mixing) for one in zip(g, bends, shares.squeeze(1), made, strict=True)])
-        return made, sums[:, :-2, None], sums[:, -2:-1], sums[:, -1:]
+        made = torch.empty_like(g, memory_format=torch.contiguous_format)
+        sums = torch.stack([mixed(*one, matrix) for one in zip(_rows(gradient), bends, shares.squeeze(1), made, strict=True)])
+        overlap, square = sums[:, -2:-1], sums[:, -1:]
+        return made, sums[:, :-2, None], torch.ones_like(square) if matrix.size == 1 else _over(square, overlap)
     q = torch.baddbmm(g[:, None], shares, bends).squeeze(1)
     made = _flat(condition(_shaped(q, gradient)))
-    square = _product(q, q)
-    overlap = square if made.data_ptr() == q.data_ptr() else _product(q, made)
-    return made, torch.bmm(bends, made[:, :, None]), overlap, square
+    across = torch.bmm(bends, made[:, :, None])
+    if made.data_ptr() == q.data_ptr():
+        return made, across, torch.ones_like(made[:, :1])
+    unit = _over(_product(q, q), _product(q, made))
+    return made.detach().clone() if _large(made) else made, across, unit  # what a conditioner gives may still be its own
 
 
-def _mixing(condition: Condition, gradient: Tensor) -> Matrix | None:
-    """What the conditioners do to each pixel, where they do no more than that and its colours lie side by side."""
-    mixing = condition.mixing(gradient.shape[1]) if isinstance(condition, Mixes) else None
-    return mixing if mixing is not None and (gradient.dim() == 4 or mixing.size == 1) else None
+def _colour_matrix(condition: Condition, gradient: Tensor) -> Matrix | None:
+    """What the conditioners do to each pixel, where they do no more than that and its colours lie side by side, in one block."""
+    from .lbfgs_compiled import BLOCK
+
+    channels = gradient.shape[1]
+    matrix = condition.colour_matrix(channels) if isinstance(condition, Mixes) else None
+    if matrix is None or matrix.size == 1:
+        return matrix
+    return matrix if gradient.dim() == 4 and BLOCK % channels == 0 else None
 
 
 def _onward(first: Tensor, scale: Tensor, moves: Tensor, shares: Tensor) -> Tensor:
-    """(N, D) scale (N, 1) first + shares (N, 1, m) moves (N, m, D); where that is quicker it is written into `first`."""
+    """(N, D) scale (N, 1) first + shares (N, 1, m) moves (N, m, D), of large pictures written over `first`."""
     if not _large(first):
         return (first * scale)[:, None].baddbmm_(shares, moves).squeeze(1)
     from .lbfgs_compiled import onward
@@ -352,6 +368,11 @@ def _placed(coefficients: Tensor, places: Tensor, like: Tensor) -> Tensor:
 def _flat(x: Tensor) -> Tensor:
     """(N, D), pictures in the order in which the loop lays them out, so that nothing is copied."""
     return x.permute(0, 2, 3, 1).reshape(len(x), -1) if x.dim() == 4 else x.reshape(len(x), -1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`_flat` as compiled passes take it."""
+    return _flat(x).detach().contiguous()
 
 
 def _shaped(flat: Tensor, like: Tensor) -> Tensor:

@@ -75,9 +75,12 @@ def test_the_probability_of_one_score_is_its_sigmoid(digits):
 
 
 def test_networks_without_class_scores_are_refused(digits):
-    maps = wrapped(nn.Conv2d(1, 4, 3))
-    with pytest.raises(NotApplicable, match=r"does not give class scores"):
-        run_once(Occlusion(window=4, stride=4), maps, replace(digits, labels=None, classes=()))
+    maps = wrapped(nn.Sequential(nn.Conv2d(1, 4, 3)))
+    bare = replace(digits, labels=None, classes=())
+    for target in ("predicted", 0):
+        with pytest.raises(NotApplicable, match=r"does not give class scores .*: give a `target` such as layer:NAME"):
+            run_once(Occlusion(window=4, stride=4, target=target), maps, bare)
+    run_once(Occlusion(window=4, stride=4, target="channel:0:2"), maps, bare)
 
 
 class Tokens(nn.Module):
