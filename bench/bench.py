@@ -564,7 +564,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     others = peers(model, images, images.flip(3), layers, content)
     steps = 25  # as in each part of style_transfer
     lbfgs, adam = (partial(ours, steps, transfer, descent(name), 1.0) for name in ("lbfgs", "adam"))
-    texture, bare = partial(ours, steps, -o.style_error(grain), descent("lbfgs"), 0.0), partial(passes, steps)
+    texture, bare = partial(ours, steps, -o.style_error(grain), descent("lbfgs"), 1.0), partial(passes, steps)
     pairs: dict[str, tuple[Work, Work]] = {
         "a step of style transfer, L-BFGS / forward and backward to the deepest layer": (lbfgs, bare),
         "a step of style transfer, Adam / forward and backward to the deepest layer": (adam, bare),

@@ -201,7 +201,7 @@ def style(registry: Registry) -> None:
         for sheet in sheets(WeiLevoyTexture(window=window, levels=4, leaves=8), data, "texture"):
             tiles += [np.asarray(Image.fromarray(colour.picture(p)).resize((p.shape[2] * 2, p.shape[1] * 2), 0)) for p in sheet]
     save(colour.sheet(tiles, 4, 4), "pixel_textures.jpg")
-    rows = sheets(NeuralTexture(depths=4), some(textures, "brick.png", "gravel.png"), "texture")
+    rows = sheets(NeuralTexture(depths=4), some(textures, "brick.png", "gravel.png", "ihc.png"), "texture")
     save(colour.sheet([colour.picture(p) for sheet in rows for p in sheet], 5, 4), "network_textures.jpg")
     three = some(photos, "chelsea.png", "coffee.png", "rocket.jpg")
     columns = [sheets(StyleTransfer(style=(f"textures:{n}.png",)), three, "transfer") for n in ("ihc", "brick")]

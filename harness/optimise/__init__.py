@@ -19,7 +19,7 @@ In a technique's `run`:
 A score that is not finite ends the work on that picture: its last good state is kept and said so.
 """
 
-from .conditioners import NATURAL_COLOURS, ClipSmallGradients, Conditioner, LowFrequencies, NaturalColours
+from .conditioners import NATURAL_COLOURS, ClipSmallGradients, Colours, Conditioner, LowFrequencies, NaturalColours
 from .loop import Ascent, State, ascend, join, stepped
 from .objectives import (
     Objective,
@@ -50,6 +50,7 @@ __all__ = [
     "ClipSmallContribution",
     "ClipSmallGradients",
     "ClipSmallNorm",
+    "Colours",
     "Conditioner",
     "Constant",
     "Crop",

@@ -6,7 +6,7 @@ With x = L z, a step along the gradient in z moves x along L L^T g: the parametr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -75,19 +75,46 @@ class NaturalColours:
     def __call__(self, gradient: Tensor) -> Tensor:
         if self.share == 0 or gradient.shape[1] != 3:
             return gradient
-        n, c, height, width = gradient.shape
-        values = gradient.permute(0, 2, 3, 1).reshape(n, -1)  # no copy of what lies channels last
-        mixed = torch.empty_like(values)
-        # Several pixels a row: products with matrices of three columns are slow. Picture by picture, as one that is lost is not a number.
-        whole = values.shape[1] // (c * PIXELS) * c * PIXELS
-        for picture, to in zip(values, mixed, strict=True):
-            for part, pixels in ((slice(whole), PIXELS), (slice(whole, None), 1)):
-                mixing = _mixing(self.share, pixels, gradient.device, gradient.dtype)
-                torch.mm(picture[part].view(-1, c * pixels), mixing, out=to[part].view(-1, c * pixels))
-        return mixed.view(n, height, width, c).permute(0, 3, 1, 2)
+        return _mixed(gradient, lambda pixels: _mixing(self.share, pixels, gradient.device, gradient.dtype))
 
     def colour_matrix(self, channels: int) -> Matrix | None:
         return NOTHING if self.share == 0 or channels != 3 else _mixing(self.share, 1, torch.device("cpu"), torch.float32).numpy()
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Steps follow colours with the covariance Sigma (C, C), which is scaled to a mean of 1 on its diagonal: g -> ((1 - share) I +
+    share Sigma) g over the channels. With a share of 1 pictures stay in the space of colours that they begin in, if Sigma knows no other:
+    grey ones grey. Without any colours nothing changes."""
+
+    covariance: Tensor
+    share: float = 1.0
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        matrix = self._matrix().to(gradient.device, gradient.dtype)
+        return _mixed(gradient, lambda pixels: torch.kron(torch.eye(pixels, device=matrix.device, dtype=matrix.dtype), matrix))
+
+    def colour_matrix(self, channels: int) -> Matrix | None:
+        return self._matrix().float().cpu().numpy()
+
+    def _matrix(self) -> Tensor:
+        sigma = self.covariance.double() if self.covariance.device.type != "mps" else self.covariance
+        unit = torch.eye(len(sigma), device=sigma.device, dtype=sigma.dtype)
+        size = sigma.diagonal().mean()
+        return torch.where(size > 0, self.share * sigma / size.clamp_min(1e-30) + (1 - self.share) * unit, unit)
+
+
+def _mixed(gradient: Tensor, mixing: Callable[[int], Tensor]) -> Tensor:
+    """The colours (N, C, H, W) of each pixel times the symmetric matrix that `mixing` gives for a number of pixels side by side."""
+    n, c, height, width = gradient.shape
+    values = gradient.permute(0, 2, 3, 1).reshape(n, -1)  # no copy of what lies channels last
+    mixed = torch.empty_like(values)
+    # Several pixels a row: products with matrices of three columns are slow. Picture by picture, as one that is lost is not a number.
+    whole = values.shape[1] // (c * PIXELS) * c * PIXELS
+    for picture, to in zip(values, mixed, strict=True):
+        for part, pixels in ((slice(whole), PIXELS), (slice(whole, None), 1)):
+            torch.mm(picture[part].view(-1, c * pixels), mixing(pixels), out=to[part].view(-1, c * pixels))
+    return mixed.view(n, height, width, c).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

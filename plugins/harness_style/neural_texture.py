@@ -7,7 +7,7 @@ import numpy as np
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 from .gram import descent, pooled, style_layers, targets_of
-from .pictures import coarse_to_fine, eight_bits, framed, parts_of, read_all, refusal, resized, tensor_of, unframed, unseen
+from .pictures import coarse_to_fine, colours_of, eight_bits, framed, parts_of, read_all, refusal, resized, tensor_of, unframed, unseen
 from .style_transfer import LEAST
 
 if TYPE_CHECKING:
@@ -21,14 +21,15 @@ class NeuralTexture(Technique):
     """A texture made anew: argmin_x sum_l ||G_l(x) - A_l||^2 / ||A_l||^2 from noise, G_l being Gram matrices of the layers down to a depth
     and A_l those of the sample (Gatys et al. 2015, arXiv:1505.07376). One column for each depth.
 
-    Errors are relative, pixels stay within [0, 1], the sample is taken whole. Start is noise of the sample's mean and deviation of each
-    colour, at half the size first; L-BFGS and average pooling as in the paper. Cost: one forward and one backward pass to the deepest layer
-    a step, picture and depth.
+    Errors are relative, pixels stay within [0, 1], the sample is taken whole. Start is noise of the sample's mean and covariance of
+    colours, at half the size first; steps follow that covariance, so that what no layer asks for makes no colours the sample has not
+    (`own_colours`). L-BFGS and average pooling as in the paper. Cost: one forward and one backward pass to the deepest layer a step,
+    picture and depth.
     """
 
     name = "neural_texture"
     family = "style"
-    version = 8
+    version = 9
     paper = Paper("Gatys, Ecker, Bethge", 2015, "Texture Synthesis Using Convolutional Neural Networks", arxiv="1505.07376")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -52,6 +53,7 @@ class NeuralTexture(Technique):
     step_size: float = Param(5.0, gt=0, description="size of Adam's steps, of the first of L-BFGS, in 255ths")
     pooling: Literal["max", "average"] = Param("average", description="average: means in place of max pooling, as in the paper")
     tv_weight: float = Param(0.0, ge=0, description="weight of the total variation a pixel, which smooths")
+    own_colours: float = Param(1.0, ge=0, le=1, description="how far steps follow the colours of the sample; 0: not at all")
     size: int = Param(224, ge=8, le=8192, description="longer side of sample and result")
 
     def run(self, ctx: Context) -> Result:
@@ -125,6 +127,7 @@ class NeuralTexture(Technique):
 
         height, width = sample.shape[2:]
         draws = ctx.draws([name])
+        mean, covariance = (torch.from_numpy(a).to(sample.dtype).to(sample.device) for a in colours_of(sample))
         image: Tensor | None = None
         scores: list[Tensor] = []
         shots: list[tuple[int, Tensor]] = []
@@ -138,8 +141,7 @@ class NeuralTexture(Technique):
             if self.tv_weight:
                 objective = objective - (100 * self.tv_weight / small[0].numel()) * o.total_variation()
             if image is None:
-                mean, deviation = sample.mean((2, 3), keepdim=True), sample.std((2, 3), keepdim=True)
-                image = (mean + deviation * draws.randn(small.shape[1:])).clamp(0, 1)
+                image = noise_of(draws.randn(small.shape[1:]), mean, covariance)
             else:
                 image = resized(image, tall, wide)
             parts = parts_of(self.steps, self.shifts)
@@ -154,6 +156,7 @@ class NeuralTexture(Technique):
                     rule=descent(self.optimiser),
                     draws=draws,
                     operators=[o.Clamp()],
+                    conditioners=[o.Colours(covariance, self.own_colours)],
                     during=lambda _: pooled(self.pooling),
                     progress=ctx.report,
                 )
@@ -167,6 +170,15 @@ class NeuralTexture(Technique):
                     break
         assert image is not None
         return replace(part, images=image, scores=torch.cat(scores), snapshots=shots, stopped=sorted(stopped))
+
+
+def noise_of(noise: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Noise (N, C, H, W) of deviation 1 with a mean (C,) and a covariance (C, C), but for what leaves [0, 1]."""
+    import torch
+
+    values, vectors = torch.linalg.eigh(covariance.cpu().double())
+    root = ((vectors * values.clamp_min(0).sqrt()) @ vectors.mT).to(noise.dtype).to(noise.device)
+    return (mean[:, None, None] + torch.einsum("dc,nchw->ndhw", root, noise)).clamp(0, 1)
 
 
 def relative_errors(ctx: Context, images: Tensor, targets: dict[str, Tensor], pooling: str) -> dict[str, float]:

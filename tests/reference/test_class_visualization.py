@@ -161,6 +161,18 @@ def test_the_gradient_comes_back_from_under_the_jitter():
     assert (dy, dx) != (0, 0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_steps_follow_given_colours(share):
+    random = torch.Generator().manual_seed(0)
+    g = torch.randn((2, 4, 5, 7), generator=random)
+    covariance = torch.cov(torch.randn((4, 30), generator=random))
+    mixing = share * covariance / covariance.diagonal().mean() + (1 - share) * torch.eye(4)
+    colours = o.Colours(3 * covariance, share)
+    torch.testing.assert_close(colours(g), torch.einsum("dc,nchw->ndhw", mixing, g))
+    torch.testing.assert_close(torch.from_numpy(colours.colour_matrix(4)), mixing)
+    assert torch.equal(o.Colours(torch.zeros(4, 4), share)(g), g)
+
+
 def test_natural_colours_mix_channels_by_a_covariance():
     g = torch.rand((2, 3, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sigma = torch.tensor(o.NATURAL_COLOURS, dtype=torch.float64)

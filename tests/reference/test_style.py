@@ -33,7 +33,7 @@ from harness_style import (
     WeiLevoyTexture,
 )
 from harness_style.gram import content_layer, descent, falling, pooled, style_layers, targets_of
-from harness_style.neural_texture import correlation_length
+from harness_style.neural_texture import correlation_length, noise_of
 from harness_style.pictures import LEAST_SPREAD, MARGIN, SHIFTS, colours_of, framed, in_colours, parts_of, recoloured, unframed
 from harness_style.style_transfer import Plan, Transfer
 from harness_style.super_resolution import degraded, tiled
@@ -215,6 +215,25 @@ def test_a_texture_has_the_samples_gram_matrices_and_deeper_layers_bring_structu
     assert picture.shape == (3, 3, 128, 128)
     curve = table(result, "objective").lines[f"to {last[1]}"]
     assert curve[-1] < 0.05 * curve[0]
+
+
+def test_textures_have_the_colours_of_their_samples(squeezenet, registry):
+    brick = load_dataset("textures", registry).select(indices=[0])
+    spread = {}
+    for share in (0.0, 1.0):
+        result = run_once(NeuralTexture(steps=20, size=96, depths=1, own_colours=share), squeezenet, brick)
+        sheet = torch.as_tensor(result.artifacts[0].data)  # the grey sample, and what is made of it
+        spread[share] = sheet.std(1).mean((1, 2))
+    assert float(spread[1.0].max()) < 1e-3 < 1e-2 < float(spread[0.0][1])
+
+
+def test_noise_has_the_colours_it_is_given():
+    random = torch.Generator().manual_seed(0)
+    root = 0.1 * torch.randn((3, 3), generator=random)
+    mean, covariance = torch.tensor([0.4, 0.5, 0.6]), 0.2 * root @ root.mT
+    found = noise_of(torch.randn((1, 3, 300, 300), generator=random), mean, covariance)[0].flatten(1)
+    torch.testing.assert_close(found.mean(1), mean, rtol=0, atol=2e-3)
+    torch.testing.assert_close(torch.cov(found), covariance, rtol=0.05, atol=2e-5)
 
 
 def test_correlation_length_of_stripes():
