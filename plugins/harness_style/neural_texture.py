@@ -7,7 +7,20 @@ import numpy as np
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
 from .gram import descent, pooled, style_layers, targets_of
-from .pictures import coarse_to_fine, colours_of, eight_bits, framed, parts_of, read_all, refusal, resized, tensor_of, unframed, unseen
+from .pictures import (
+    coarse_to_fine,
+    colours_of,
+    eight_bits,
+    framed,
+    noise_of,
+    parts_of,
+    read_all,
+    refusal,
+    resized,
+    tensor_of,
+    unframed,
+    unseen,
+)
 from .style_transfer import LEAST
 
 if TYPE_CHECKING:
@@ -127,7 +140,8 @@ class NeuralTexture(Technique):
 
         height, width = sample.shape[2:]
         draws = ctx.draws([name])
-        mean, covariance = (torch.from_numpy(a).to(sample.dtype).to(sample.device) for a in colours_of(sample))
+        mean, covariance = colours_of(sample)
+        conditioner = o.Colours(torch.from_numpy(covariance).to(sample.dtype).to(sample.device), self.own_colours)
         image: Tensor | None = None
         scores: list[Tensor] = []
         shots: list[tuple[int, Tensor]] = []
@@ -156,7 +170,7 @@ class NeuralTexture(Technique):
                     rule=descent(self.optimiser),
                     draws=draws,
                     operators=[o.Clamp()],
-                    conditioners=[o.Colours(covariance, self.own_colours)],
+                    conditioners=[conditioner],
                     during=lambda _: pooled(self.pooling),
                     progress=ctx.report,
                 )
@@ -170,15 +184,6 @@ class NeuralTexture(Technique):
                     break
         assert image is not None
         return replace(part, images=image, scores=torch.cat(scores), snapshots=shots, stopped=sorted(stopped))
-
-
-def noise_of(noise: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Noise (N, C, H, W) of deviation 1 with a mean (C,) and a covariance (C, C), but for what leaves [0, 1]."""
-    import torch
-
-    values, vectors = torch.linalg.eigh(covariance.cpu().double())
-    root = ((vectors * values.clamp_min(0).sqrt()) @ vectors.mT).to(noise.dtype).to(noise.device)
-    return (mean[:, None, None] + torch.einsum("dc,nchw->ndhw", root, noise)).clamp(0, 1)
 
 
 def relative_errors(ctx: Context, images: Tensor, targets: dict[str, Tensor], pooling: str) -> dict[str, float]:

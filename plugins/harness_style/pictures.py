@@ -156,6 +156,24 @@ def colours_of(image: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return pixels.mean(1), np.cov(pixels, bias=True).reshape(len(pixels), -1)
 
 
+def power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+    """Of a covariance (C, C)."""
+    values, vectors = np.linalg.eigh(matrix)
+    found: np.ndarray = (vectors * values.clip(1e-12) ** exponent) @ vectors.T
+    return found
+
+
+def noise_of(noise: Tensor, mean: np.ndarray, covariance: np.ndarray) -> Tensor:
+    """Noise (N, C, H, W) of deviation 1 with a mean (C,) and a covariance (C, C), but for what leaves [0, 1]."""
+    import torch
+
+    from harness.device import full_precision
+
+    root, offset = (torch.from_numpy(a).to(noise.dtype).to(noise.device) for a in (power(covariance, 0.5), mean))
+    with full_precision(noise.device):
+        return (torch.einsum("dc,nchw->ndhw", root, noise) + offset[:, None, None]).clamp(0, 1)
+
+
 def in_colours(image: Tensor, mean: np.ndarray, covariance: np.ndarray, share: float = 1.0) -> Tensor:
     """One picture (1, C, H, W) whose pixels have a mean (C,) and a covariance (C, C), but for what leaves [0, 1]: x -> T (x - m) + mean. Of
     all such linear maps T moves colours least: T = S^-1/2 (S^1/2 covariance S^1/2)^1/2 S^-1/2, S being the picture's own (Pitie &
@@ -167,12 +185,6 @@ def in_colours(image: Tensor, mean: np.ndarray, covariance: np.ndarray, share: f
 
     own_mean, own = colours_of(image)
     least = LEAST_SPREAD**2 * np.eye(len(own))
-
-    def power(matrix: np.ndarray, exponent: float) -> np.ndarray:
-        values, vectors = np.linalg.eigh(matrix)
-        found: np.ndarray = (vectors * values.clip(1e-12) ** exponent) @ vectors.T
-        return found
-
     root, back = power(own + least, 0.5), power(own + least, -0.5)
     mixing = share * back @ power(root @ (covariance + least) @ root, 0.5) @ back + (1 - share) * np.eye(len(own))
     shift = own_mean + share * (mean - own_mean) - mixing @ own_mean

@@ -33,8 +33,8 @@ from harness_style import (
     WeiLevoyTexture,
 )
 from harness_style.gram import content_layer, descent, falling, pooled, style_layers, targets_of
-from harness_style.neural_texture import correlation_length, noise_of
-from harness_style.pictures import LEAST_SPREAD, MARGIN, SHIFTS, colours_of, framed, in_colours, parts_of, recoloured, unframed
+from harness_style.neural_texture import correlation_length
+from harness_style.pictures import LEAST_SPREAD, MARGIN, SHIFTS, colours_of, framed, in_colours, noise_of, parts_of, recoloured, unframed
 from harness_style.style_transfer import Plan, Transfer
 from harness_style.super_resolution import degraded, tiled
 from harness_style.tsvq import Exhaustive, Tree
@@ -231,7 +231,7 @@ def test_noise_has_the_colours_it_is_given():
     random = torch.Generator().manual_seed(0)
     root = 0.1 * torch.randn((3, 3), generator=random)
     mean, covariance = torch.tensor([0.4, 0.5, 0.6]), 0.2 * root @ root.mT
-    found = noise_of(torch.randn((1, 3, 300, 300), generator=random), mean, covariance)[0].flatten(1)
+    found = noise_of(torch.randn((1, 3, 300, 300), generator=random), mean.double().numpy(), covariance.double().numpy())[0].flatten(1)
     torch.testing.assert_close(found.mean(1), mean, rtol=0, atol=2e-3)
     torch.testing.assert_close(torch.cov(found), covariance, rtol=0.05, atol=2e-5)
 
