@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
@@ -217,22 +218,10 @@ class LBFGS:
             memory["kept"], memory["products"] = torch.zeros_like(one, dtype=torch.int64), g.new_zeros((len(g), m, m))
             # s_i . g, and in which column of the products those of the last y are missing but for its own.
             memory["along"], memory["last"] = g.new_zeros((len(g), m)), g.new_zeros((len(g), 1, m), dtype=torch.bool)
-        newest = (memory["kept"][:, None] - 1 - torch.arange(m, device=g.device)) % m  # (N, m) places in the rings, the newest first
-        kind = torch.float32 if g.device.type == "mps" else torch.float64
         ahead = memory.pop("ahead", None)
-        along = torch.bmm(memory["moves"], g[:, :, None]) if ahead is None else ahead[:, :, None]
-        # The change of g is a difference, and so are its products with what was there before, which need not be read for them again.
-        others = memory["last"] & ~memory["last"].mT
-        memory["products"] = torch.where(others, memory["along"][:, :, None] - along, memory["products"])
-        memory["along"] = along.squeeze(2)
-        good = memory["good"].gather(1, newest)[:, :, None]  # places that were never filled, or badly, have coefficients of zero
-        across = newest[:, None].expand(-1, m, -1)
-        products = memory["products"].gather(1, across.mT).gather(2, across).to(kind)
-        # The coefficients of either loop solve a triangular system: from the newest change to the oldest, and back.
-        system = torch.where(good & good.mT, products.tril(), torch.eye(m, dtype=kind, device=g.device))
-        along = along.gather(1, newest[:, :, None]).to(kind) * good
-        of_y = torch.linalg.solve_triangular(system, along, upper=False)
-        first, across, unit = _conditioned(memory["bends"], gradient, _placed(of_y, newest, g), condition)
+        along = torch.bmm(memory["moves"], g[:, :, None]).squeeze(2) if ahead is None else ahead
+        loops = (_Numbers if _large(g) else _Tensors)(memory, along)
+        first, across, unit = _conditioned(memory["bends"], gradient, loops.forth().to(g.dtype), condition)
         # In the units of the inverse Hessian, whatever those of the conditioners are; along the gradient while nothing is known.
         scale = memory["curvature"][:, None] * unit
         known = scale > 0
@@ -240,20 +229,20 @@ class LBFGS:
             scale = torch.where(known, scale, _over(size, root_mean_square(first)))
         # What follows is linear, so that the share of the step that is gone can stand here.
         scale = scale * memory["size"][:, None]
-        bent = (across * scale[:, :, None]).gather(1, newest[:, :, None]).to(kind) * good
-        of_y = of_y * memory["size"][:, None, None] * system.diagonal(dim1=1, dim2=2)[:, :, None]
-        of_s = torch.linalg.solve_triangular(system.mT, of_y + bent, upper=True)
-        return _shaped(_onward(first, scale, memory["moves"], _placed(of_s, newest, g)), gradient)
+        return _shaped(_onward(first, scale, memory["moves"], loops.back(across, scale).to(g.dtype)), gradient)
 
     def judged(self, memory: Memory, rose: Tensor, moved: Change, bent: Change, step: int) -> None:
         """Stores s, and the change of the gradient, which is -y, since the score is to rise. What is no good pair lies in the place of the
         oldest, counts nothing and is written over by the next."""
         place = memory["kept"] % self.history
         product, square = _stored(memory, place, rose, moved, bent)
+        if _large(memory["moves"][:, 0]):
+            _Numbers.judged(memory, rose, place, product, square)
+            return
         here = torch.arange(self.history, device=product.device) == place[:, None]  # (N, m)
         memory["last"] = here[:, None]
         memory["products"] = torch.where(here[:, :, None] & here[:, None], product[:, :, None], memory["products"])
-        good = rose & (product > 0).squeeze(1)
+        good = rose & ((product > 0) & (square > 0)).squeeze(1)
         memory["good"] = torch.where(here, good[:, None], memory["good"])
         memory["kept"] = memory["kept"] + good
         memory["curvature"] = torch.where(good, (product / square).squeeze(1), memory["curvature"])
@@ -262,6 +251,103 @@ class LBFGS:
         memory["curvature"] = memory["curvature"] * ~lost
         memory["good"] = memory["good"] & ~lost[:, None]
         memory["size"] = torch.where(lost, torch.ones_like(size), size)
+
+
+class _Tensors:
+    """The two loops of L-BFGS over inner products, of all pictures at once: the coefficients of either solve a triangular system, from the
+    newest change to the oldest, and back."""
+
+    def __init__(self, memory: Memory, along: Tensor) -> None:
+        """Products (N, m) of all changes of the variables with the gradient, which `memory` then has."""
+        device, m = along.device, along.shape[1]
+        self.kind = torch.float32 if device.type == "mps" else torch.float64
+        self.size = memory["size"][:, None, None]
+        # (N, m) places in the rings, the newest first.
+        self.newest = (memory["kept"][:, None] - 1 - torch.arange(m, device=device)) % m
+        # The change of g is a difference, and so are its products with what was there before, which need not be read for them again.
+        others = memory["last"] & ~memory["last"].mT
+        memory["products"] = torch.where(others, (memory["along"] - along)[:, :, None], memory["products"])
+        memory["along"] = along
+        # Places that were never filled, or badly, have coefficients of zero.
+        self.good = memory["good"].gather(1, self.newest)[:, :, None]
+        across = self.newest[:, None].expand(-1, m, -1)
+        products = memory["products"].gather(1, across.mT).gather(2, across).to(self.kind)
+        self.system = torch.where(self.good & self.good.mT, products.tril(), torch.eye(m, dtype=self.kind, device=device))
+        along = along.gather(1, self.newest)[:, :, None].to(self.kind) * self.good
+        self.of_y = torch.linalg.solve_triangular(self.system, along, upper=False)
+
+    def forth(self) -> Tensor:
+        """(N, 1, m) how much of each change of the gradient is added to it, where in the ring that lies."""
+        return self._placed(self.of_y)
+
+    def back(self, across: Tensor, scale: Tensor) -> Tensor:
+        """(N, 1, m) how much of each change of the variables is added, for products (N, m, 1) of the changes of the gradient with what
+        conditioners made of it, and for their scale (N, 1)."""
+        bent = (across * scale[:, :, None]).gather(1, self.newest[:, :, None]).to(self.kind) * self.good
+        of_y = self.of_y * self.size * self.system.diagonal(dim1=1, dim2=2)[:, :, None]
+        return self._placed(torch.linalg.solve_triangular(self.system.mT, of_y + bent, upper=True))
+
+    def _placed(self, coefficients: Tensor) -> Tensor:
+        return torch.empty_like(coefficients).scatter_(1, self.newest[:, :, None], coefficients).mT
+
+
+class _Numbers:
+    """The same of each picture on its own, where that takes less time than a dozen tensors of nine numbers take to be made."""
+
+    def __init__(self, memory: Memory, along: Tensor) -> None:
+        pictures = zip(*(memory[name].numpy() for name in ("kept", "good", "last", "products", "along")), along.numpy(), strict=True)
+        self.sizes = memory["size"].tolist()
+        self.pictures = []
+        for kept, good, (last,), products, before, now in pictures:
+            for place in last.nonzero()[0]:
+                own = products[place, place]
+                with np.errstate(all="ignore"):  # as tensors have it
+                    products[:, place] = before - now
+                products[place, place] = own
+            before[:] = now
+            m = len(now)
+            order = [k for k in ((int(kept) - 1 - age) % m for age in range(m)) if good[k]]
+            self.pictures.append((m, order, products.tolist(), now.tolist()))
+        self.of_y = []
+        for m, order, products, now in self.pictures:
+            found = [0.0] * m
+            for k in order:
+                found[k] = (now[k] - sum(products[k][j] * found[j] for j in order if found[j])) / products[k][k]
+            self.of_y.append(found)
+
+    @staticmethod
+    def judged(memory: Memory, rose: Tensor, place: Tensor, product: Tensor, square: Tensor) -> None:
+        """What LBFGS.judged makes of the products (N, 1) s . y and y . y."""
+        names = ("kept", "good", "last", "products", "curvature", "size")
+        numbers = (x.flatten().tolist() for x in (rose, place, product, square))
+        for i, (up, here, along, bend) in enumerate(zip(*numbers, strict=True)):
+            kept, good, last, products, curvature, size = (memory[name].numpy()[i : i + 1] for name in names)
+            last[:] = False
+            last[0, 0, here] = True
+            products[0, here, here] = along
+            good[0, here] = useful = up and along > 0 and bend > 0
+            kept[0] += useful
+            if useful:
+                with np.errstate(over="ignore"):  # as tensors have it
+                    curvature[0] = along / bend
+            size[0] = 1 if up else size[0] / 2
+            if not up and size[0] < 1 / 64 and curvature[0] > 0:
+                curvature[0], good[0], size[0] = 0, False, 1
+
+    def forth(self) -> Tensor:
+        return torch.tensor(self.of_y, dtype=torch.float64, device="cpu")[:, None]
+
+    def back(self, across: Tensor, scale: Tensor) -> Tensor:
+        of_s = []
+        for (m, order, products, _), of_y, size, bent, (by,) in zip(
+            self.pictures, self.of_y, self.sizes, across.squeeze(2).tolist(), scale.tolist(), strict=True
+        ):
+            found = [0.0] * m
+            for k in reversed(order):
+                rest = of_y[k] * size * products[k][k] + bent[k] * by - sum(products[j][k] * found[j] for j in order if found[j])
+                found[k] = rest / products[k][k]
+            of_s.append(found)
+        return torch.tensor(of_s, dtype=torch.float64, device="cpu")[:, None]
 
 
 LARGE = 2**17  # values of a picture, of which what is used at once does not fit the innermost caches
@@ -358,11 +444,6 @@ def _put(ring: Tensor, place: Tensor, rose: Tensor, change: Change) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """(N, 1) inner products of rows (N, D), in one pass over memory."""
     return torch.bmm(a[:, None], b[:, :, None]).squeeze(2)
-
-
-def _placed(coefficients: Tensor, places: Tensor, like: Tensor) -> Tensor:
-    """(N, 1, m) coefficients (N, m, 1) put where in the ring what they belong to lies."""
-    return torch.empty_like(coefficients).scatter_(1, places[:, :, None], coefficients).mT.to(like.dtype)
 
 
 def _flat(x: Tensor) -> Tensor:

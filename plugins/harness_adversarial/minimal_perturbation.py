@@ -31,7 +31,7 @@ class MinimalPerturbation(Technique):
 
     name = "minimal_perturbation"
     family = "adversarial"
-    version = 3
+    version = 4
     paper = Paper("Szegedy, Zaremba, Sutskever, Bruna, Erhan, Goodfellow, Fergus", 2013, "Intriguing properties of neural networks",
                   arxiv="1312.6199")  # fmt: skip
     needs = frozenset({"images", "classifier"})

@@ -60,7 +60,7 @@ class ClassVisualization(Technique):
 
     name = "class_visualization"
     family = "synthesis"
-    version = 6
+    version = 7
     paper = Paper("Simonyan, Vedaldi, Zisserman", 2013, "Deep Inside Convolutional Networks", arxiv="1312.6034")
     needs = frozenset({"classifier"})
     reading = (

@@ -35,7 +35,7 @@ class FeatureInversion(Technique):
 
     name = "feature_inversion"
     family = "synthesis"
-    version = 4
+    version = 5
     paper = Paper("Mahendran, Vedaldi", 2015, "Understanding Deep Image Representations by Inverting Them", arxiv="1412.0035")
     needs = frozenset({"images"})
     reading = (

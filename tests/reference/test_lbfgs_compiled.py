@@ -75,18 +75,18 @@ class Turned:
 )
 @pytest.mark.parametrize("shape", [(2, 3, 33, 47), (2, 3, 190, 191)])  # blocks and a part; two blocks a share, and not all shares
 def test_compiled_steps_are_those_of_torch(conditioners, passes, shape, ran, monkeypatch):
-    """Two pictures whose steps are kept and taken back at different times."""
+    """Two pictures whose steps are kept and taken back at different times, of one more often than six times in a row."""
     ways = [(10**9, o.LBFGS(history=3), {}), (1, o.LBFGS(history=3), {})]
     conditions = [Conditions([c() if isinstance(c, type) else c for c in conditioners]) for _ in ways]
     stretch = normal(*shape).exp()
     z, gradient = normal(*shape, seed=1), normal(*shape, seed=2)
-    for step in range(9):
+    for step in range(19):
         steps = []
         for (large, rule, memory), condition in zip(ways, conditions, strict=True):
             monkeypatch.setattr(rules, "LARGE", large)
             steps.append(rule(memory, gradient, condition, 0.1, step, False))
         assert float((steps[1] - steps[0]).norm() / steps[0].norm()) < 1e-3
-        rose = torch.tensor([step != 4, step not in (5, 7)])
+        rose = torch.tensor([step != 4, step not in (5, 7, *range(9, 17))])
         moved = normal(*shape, seed=10 + step)
         new, slope = z + moved, gradient - stretch * moved
         slope[~rose] = torch.nan
@@ -173,6 +173,18 @@ def test_the_scale_of_a_score_does_not_matter(factor, large, monkeypatch):
         before = z, gradient, score
         z = z + rule(memory, gradient, Conditions([]), 0.1, step, False)
     assert float(before[1].norm() / factor) < 1e-2
+
+
+@pytest.mark.parametrize("large", [1, 10**9])
+def test_changes_whose_square_is_no_number_are_no_pairs(large, monkeypatch):
+    """s . y is above zero in single precision, y . y is not."""
+    monkeypatch.setattr(rules, "LARGE", large)
+    rule, memory, z, y = o.LBFGS(history=3), {}, normal(1, 1, 50, 60), 1e-24 * normal(1, 1, 50, 60)
+    rule(memory, 1e-24 * z, Conditions([]), 0.1, 0, False)
+    rule.judged(memory, torch.tensor([True]), (z + y * 1e24, z), (1e-24 * z - y, 1e-24 * z), 1)
+    assert not memory["good"].any()
+    assert memory["kept"].tolist() == [0]
+    assert torch.isfinite(rule(memory, 1e-24 * z - y, Conditions([]), 0.1, 1, False)).all()
 
 
 ALONE = """
