@@ -37,7 +37,7 @@ from .objectives import (
 from .operators import Blur, Clamp, ClipSmallContribution, ClipSmallNorm, Decay, Denoise, Operator, Remembers, gaussian_blur
 from .parametrisations import DeepPrior, Fourier, Parametrisation, Pixels
 from .rules import LBFGS, Adam, Constant, LineSearch, MeanAbs, Momentum, Normalised, Progress, Rule, Scaled
-from .style import content_error, gram, style_error
+from .style import Covariance, Moments, content_error, covariance_error, covariances, gram, moments, style_error
 from .transforms import Crop, Focus, Jitter, Pad, Rotate, Scale, Transform
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "Colours",
     "Conditioner",
     "Constant",
+    "Covariance",
     "Crop",
     "Decay",
     "DeepPrior",
@@ -63,6 +64,7 @@ __all__ = [
     "LineSearch",
     "LowFrequencies",
     "MeanAbs",
+    "Moments",
     "Momentum",
     "NaturalColours",
     "Normalised",
@@ -84,6 +86,8 @@ __all__ = [
     "channel",
     "class_score",
     "content_error",
+    "covariance_error",
+    "covariances",
     "evaluate",
     "feature_error",
     "gaussian_blur",
@@ -91,6 +95,7 @@ __all__ = [
     "guide_match",
     "join",
     "layer_norm",
+    "moments",
     "positions",
     "squared_norm",
     "stepped",

@@ -36,7 +36,7 @@ class FastStyleTransfer(Technique):
 
     name = "fast_style_transfer"
     family = "style"
-    version = 4
+    version = 5
     paper = Paper(
         "Johnson, Alahi, Fei-Fei", 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", arxiv="1603.08155"
     )

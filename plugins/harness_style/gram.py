@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
@@ -11,19 +11,44 @@ if TYPE_CHECKING:
 
     from harness import Context
     from harness.models import LoadedModel
-    from harness.optimise import LBFGS
+    from harness.optimise import LBFGS, Moments, Objective
 
 HISTORY = 3
+Form = Literal["covariance", "relative", "absolute"]  # covariances about the style's means; Gram matrices, as shares and as in the paper
 
 
 def targets_of(model: LoadedModel, images: Tensor, layers: Sequence[str], pooling: str = "max") -> dict[str, Tensor]:
     """{layer: (N, C, C)} Gram matrices over HW."""
+    return {name: found.gram for name, found in moments_of(model, images, layers, pooling).items()}
+
+
+def moments_of(model: LoadedModel, images: Tensor, layers: Sequence[str], pooling: str = "max") -> dict[str, Moments]:
+    """{layer: Gram matrices over HW and means}."""
     import torch
 
-    from harness.optimise import gram
+    from harness.optimise import moments
 
     with torch.no_grad(), pooled(pooling):
-        return {name: gram(found) for name, found in model.activations(images, list(layers)).items()}
+        return {name: moments(found) for name, found in model.activations(images, list(layers)).items()}
+
+
+class Style:
+    """What pictures are to have at some layers, by one of the forms of the error."""
+
+    def __init__(self, targets: Mapping[str, Moments], form: Form = "relative") -> None:
+        from harness.optimise import covariances
+
+        self.form: Form = form
+        self.grams = {layer: found.gram for layer, found in targets.items()}
+        self.covariances = covariances(targets) if form == "covariance" else {}
+
+    def error(self, weights: Sequence[float] = (), only: str = "") -> Objective:
+        """Of all layers, or of one."""
+        from harness import optimise as o
+
+        if self.form == "covariance":
+            return o.covariance_error({n: found for n, found in self.covariances.items() if only in ("", n)}, weights)
+        return o.style_error({n: found for n, found in self.grams.items() if only in ("", n)}, weights, self.form)
 
 
 def features_of(model: LoadedModel, images: Tensor, layer: str, pooling: str = "max") -> Tensor:

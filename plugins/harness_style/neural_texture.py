@@ -6,7 +6,7 @@ import numpy as np
 
 from harness import Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .gram import descent, pooled, style_layers, targets_of
+from .gram import Style, descent, moments_of, pooled, style_layers, targets_of
 from .pictures import (
     coarse_to_fine,
     colours_of,
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 class NeuralTexture(Technique):
     """A texture made anew: argmin_x sum_l ||G_l(x) - A_l||^2 / ||A_l||^2 from noise, G_l being Gram matrices of the layers down to a depth
-    and A_l those of the sample (Gatys et al. 2015, arXiv:1505.07376). One column for each depth.
+    and A_l those of the sample (Gatys et al. 2015, arXiv:1505.07376). One column for each depth. `form=covariance` has covariances about
+    the sample's means, whitened in part, in their place.
 
     Errors are relative, pixels stay within [0, 1], the sample is taken whole. Start is noise of the sample's mean and covariance of
     colours, at half the size first; steps follow that covariance, so that what no layer asks for makes no colours the sample has not
@@ -42,18 +43,21 @@ class NeuralTexture(Technique):
 
     name = "neural_texture"
     family = "style"
-    version = 9
+    version = 10
     paper = Paper("Gatys, Ecker, Bethge", 2015, "Texture Synthesis Using Convolutional Neural Networks", arxiv="1505.07376")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
     reading = (
-        "First the sample, then what matching the Gram matrices of ever deeper layers makes of noise. Early layers keep colours and "
+        "First the sample, then what matching the statistics of ever deeper layers makes of noise. Early layers keep colours and "
         "small blobs; with deeper ones larger structure comes back, but no arrangement of things."
     )
     caveats = "Textures with long lines or exact repeats are not held by averages over positions; of a photograph it makes a jumble."
 
     layers: tuple[str, ...] = Param((), description="layers, from early to late; none: five over the first three quarters")
     depths: int = Param(3, ge=1, le=20, description="how many depths are shown, the deepest with all layers")
+    form: Literal["relative", "covariance"] = Param(
+        "relative", description="what is matched: Gram matrices, or covariances about the sample's means"
+    )
     steps: int = Param(150, ge=0, le=100_000, description="steps of L-BFGS, or of Adam, at each size")
     shifts: int = Param(
         3,
@@ -151,7 +155,7 @@ class NeuralTexture(Technique):
             small = resized(sample, tall, wide)
             if (tall, wide) != (height, width) and unseen(ctx, small, layers):
                 continue
-            objective = -o.style_error(targets_of(ctx.model, small, layers, self.pooling))
+            objective = -Style(moments_of(ctx.model, small, layers, self.pooling), self.form).error()
             if self.tv_weight:
                 objective = objective - (100 * self.tv_weight / small[0].numel()) * o.total_variation()
             if image is None:

@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .gram import content_layer, descent, falling, features_of, pooled, style_layers, targets_of
+from .gram import Form, Style, content_layer, descent, falling, features_of, moments_of, pooled, style_layers
 from .pictures import (
     LEAST_SPREAD,
     NAMED,
@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness import Context
-    from harness.optimise import Ascent, Objective
+    from harness.optimise import Ascent, Moments, Objective
     from harness.technique import Further
 
 EVERY = 100  # steps between the pictures that show the progress
 COLOURS_AT = 256  # pixels of the longer side at which a style's colours are counted
+WEIGHT, WEIGHT_OF_GRAMS = 15.0, 30.0  # of the style
 LEAST = 32  # pixels of the shorter side of the coarsest picture
 # The settings of Gatys et al. 2016 in torchvision's layer names: content at relu4_2, style at relu1_1 to relu5_1.
 PAPER: dict[str, Any] = {"pooling": "average", "palette": 0.0}
@@ -66,21 +67,23 @@ class Plan:
 
 
 class StyleTransfer(Technique):
-    """The content of one picture in the style of another: argmin_x alpha ||F(x) - P||^2 / ||P||^2 + beta sum_l w_l ||G_l(x) - A_l||^2 /
-    ||A_l||^2 + gamma TV(x), F being a layer's output, P that of the content picture, G_l Gram matrices, A_l those of the style (Gatys et
-    al. 2016, CVPR; arXiv:1508.06576).
+    """The content of one picture in the style of another: argmin_x alpha ||F(x) - P||^2 / ||P||^2 + beta sum_l w_l E_l(x) + gamma TV(x), F
+    being a layer's output, P that of the content picture, and E_l how far a layer's statistics are from the style's (Gatys et al. 2016,
+    CVPR; arXiv:1508.06576).
 
-    The content is the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and
-    what is red. Both errors are relative here, so that one set of weights serves networks and layers of any scale; where there is content
-    whose Gram matrices are further from the style's than ||A_l||, that distance takes the place of ||A_l||. `form=absolute` has the paper's
-    sums. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on
-    one by one and whole: memory grows with their size, as the Gram matrices of all positions are needed at once. Cost: one forward and one
+    E_l = ||W_l (K_l(x) - C_l) W_l||^2 / ||W_l C_l W_l||^2: K_l are mean products of features about the style's means, C_l the style's
+    covariances, W_l = C_l^-0.375, by which rare features count more. `form=relative` has Gram matrices G_l in its place, ||G_l(x) -
+    A_l||^2 / ||A_l||^2, and `form=absolute` the paper's sums. Errors are relative, so that one set of weights serves networks and layers
+    of any scale; where the content's own is above one, as of rare features it mostly is, its weight is divided by it.
+    The content is the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and what is
+    red. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on
+    one by one and whole: memory grows with their size, as the statistics of all positions are needed at once. Cost: one forward and one
     backward pass to the deepest layer a step, of the picture with a frame of some pixels, and three forward passes a part.
     """
 
     name = "style_transfer"
     family = "style"
-    version = 8
+    version = 9
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -92,9 +95,11 @@ class StyleTransfer(Technique):
     caveats = "Whether a picture is good no number here tells: look. Networks other than VGG give other, often flatter, styles."
 
     style: tuple[str, ...] = Param(("textures:ihc.png",), min_length=1, description=f"style pictures; each {NAMED}")
-    blend: tuple[float, ...] = Param((), description="weights of several styles, whose Gram matrices are averaged; none: all the same")
+    blend: tuple[float, ...] = Param(
+        (), description="weights of several styles, whose Gram matrices and means are averaged; none: all the same"
+    )
     preset: Literal["", "vgg19", "vgg16"] = Param(
-        "", description="vgg19, vgg16: layers, pooling and palette of the paper, for a model with that network's layers"
+        "", description="vgg19, vgg16: layers, pooling, palette and Gram matrices of the paper, for a model with that network's layers"
     )
     content_layer: str = Param("", description="layer of the content; none: one at a quarter of the depth")
     style_layers: tuple[str, ...] = Param((), description="layers of the style; none: five over the first three quarters")
@@ -102,15 +107,21 @@ class StyleTransfer(Technique):
         (), description="w_l of the style layers; none: evenly falling, with the preset all the same, and 1 in sum"
     )
     content_weight: float = Param(1.0, ge=0, description="alpha")
-    style_weight: tuple[float, ...] = Param((30.0,), min_length=1, description="beta; several make a row of pictures")
+    style_weight: tuple[float, ...] = Param(
+        (), description=f"beta; several make a row of pictures; none: {WEIGHT:g}, of Gram matrices {WEIGHT_OF_GRAMS:g}"
+    )
     tv_weight: float = Param(0.0, ge=0, description="gamma, to smooth; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
         (1.0,), min_length=1, description="size of the style picture against the content's; several: a row"
     )
-    form: Literal["relative", "absolute"] = Param("relative", description="errors as shares, or the paper's sums")
+    form: Literal["", "covariance", "relative", "absolute"] = Param(
+        "",
+        description="of the style's errors: by covariances about the style's means, as shares; relative: by Gram matrices, as shares; "
+        "absolute: the paper's sums; none: covariance, with the preset relative",
+    )
     pooling: Literal["max", "average"] = Param("average", description="average: means in place of max pooling, as in the paper")
     start: Literal["content", "noise"] = Param("content", description="what descent starts from")
-    optimiser: Literal["lbfgs", "adam"] = Param("adam", description="Adam with `step_size`, or L-BFGS")
+    optimiser: Literal["lbfgs", "adam"] = Param("lbfgs", description="L-BFGS, or Adam with `step_size`")
     step_size: float = Param(5.0, gt=0, description="size of Adam's steps, of the first of L-BFGS, in 255ths")
     steps: int = Param(200, ge=0, le=100_000, description="steps at the full size")
     shifts: int = Param(
@@ -131,7 +142,7 @@ class StyleTransfer(Technique):
         1.0, ge=0, le=1, description="how far steps follow the colours of natural pictures, against coloured fringes"
     )
     size: int = Param(512, ge=8, le=8192, description="longer side of the pictures")
-    colours: Literal["style", "content"] = Param("style", description="content: the lightness of the result with the picture's own colours")
+    colours: Literal["style", "content"] = Param("style", description="content: the picture keeps its own colours, which the styles take")
     dream: float = Param(0.0, ge=0, description="weight of a layer's squared norm, which makes it dream on top")
     dream_layer: str = Param("", description="the layer that dreams; none: the content's")
 
@@ -141,7 +152,7 @@ class StyleTransfer(Technique):
             raise ValueError(f"blend has {len(self.blend)} weights for {len(self.style)} styles")
         if self.blend and (min(self.blend) < 0 or sum(self.blend) <= 0):
             raise ValueError("blend: weights are not below zero, and one is above")
-        if min(self.style_weight) < 0 or min(self.style_scale) <= 0:
+        if min(self.style_weight, default=0) < 0 or min(self.style_scale) <= 0:
             raise ValueError("style_weight must not be below zero, style_scale must be above zero")
         if self.preset:
             own = [n for n, value in PRESETS[self.preset].items() if getattr(self, n) not in (value, type(self).model_fields[n].default)]
@@ -166,7 +177,9 @@ class StyleTransfer(Technique):
                 raise ConfigError(
                     f"style_transfer.preset: {self.preset} names {network}'s layers, and {ctx.model.name!r} is another network"
                 )
-        settings = self.model_copy(update=PRESETS[self.preset]) if self.preset else self
+        form: Form = self.form or ("relative" if self.preset else "covariance")
+        betas = self.style_weight or (WEIGHT if form == "covariance" else WEIGHT_OF_GRAMS,)
+        settings = self.model_copy(update={**PRESETS.get(self.preset, {}), "form": form, "style_weight": betas})
         layers = style_layers(ctx, settings.style_layers)
         if not self.layer_weights:  # the paper's are all the same
             weights = (1 / len(layers),) * len(layers) if self.preset else falling(len(layers))
@@ -179,14 +192,14 @@ class StyleTransfer(Technique):
         styles = [(name, ctx.named_picture(name)) for name in self.style]
         plans = [
             Plan(
-                ", ".join([f"style x {w:g}"] * (len(self.style_weight) > 1) + [f"scale {s:g}"] * (len(self.style_scale) > 1)) or "result",
+                ", ".join([f"style x {w:g}"] * (len(betas) > 1) + [f"scale {s:g}"] * (len(self.style_scale) > 1)) or "result",
                 w,
                 s,
             )
             for s in self.style_scale
-            for w in self.style_weight
+            for w in betas
         ]
-        notes = [f"{name}: one colour everywhere; its Gram matrices hold nothing but that colour" for name, p in styles if flat(p)]
+        notes = [f"{name}: one colour everywhere; its statistics hold nothing but that colour" for name, p in styles if flat(p)]
         artifacts: list[Any] = []
         rows: list[list[Any]] = []
         curves: dict[str, Any] = {}
@@ -278,6 +291,7 @@ class Transfer:
             plan,
             stream,
         )
+        self.own: tuple[np.ndarray, np.ndarray] | None = None  # colours of the content, which styles take where it keeps its own
 
     def run(self, picture: Tensor) -> Transferred:
         from harness import optimise as o
@@ -286,6 +300,7 @@ class Transfer:
         height, width = picture.shape[2:]
         draws = ctx.draws([self.stream])
         picture = self._in_the_styles_colours(picture)
+        self.own = colours_of(picture) if s.colours == "content" else None
         image: Tensor | None = None
         traces, stages, notes = [], [], []
         done = shown = 0
@@ -301,10 +316,10 @@ class Transfer:
                 image = small
             else:
                 image = draws.rand(small.shape[1:])
-            styles = self.style_targets(max(tall, wide), self.layers) if self.plan.style_weight else {}
+            style = Style(self.style_targets(max(tall, wide)), s.form or "covariance") if self.plan.style_weight else None
             parts = parts_of(s.steps, s.shifts)
             for number, steps in enumerate(parts):
-                part = self._descend(self._objective(framed(small, number), styles), framed(image, number), steps, draws)
+                part = self._descend(self._objective(framed(small, number), style), framed(image, number), steps, draws)
                 image = unframed(part.images, number).clamp(0, 1)
                 traces.append(-part.scores[:, 0].cpu().double().numpy())
                 for n, shot in part.snapshots:
@@ -321,10 +336,10 @@ class Transfer:
         assert image is not None
         if s.colours == "content":
             image = recoloured(image, picture)
-        style, content = self._errors(image, picture)
+        style_error, content_error = self._errors(image, picture)
         variation = float(o.total_variation().score({}, image)) * 100 / image.numel()
         trace = np.concatenate(traces)
-        return Transferred(image, trace[np.isfinite(trace)], stages, content, style, variation, notes)
+        return Transferred(image, trace[np.isfinite(trace)], stages, content_error, style_error, variation, notes)
 
     def _descend(self, objective: Objective, start: Tensor, steps: int, draws: Any) -> Ascent:
         from harness import optimise as o
@@ -363,14 +378,18 @@ class Transfer:
         shares = np.asarray(self.settings.blend or [1.0] * len(self.styles), float)
         return [float(v) for v in shares / shares.sum()]
 
-    def style_targets(self, side: int, layers: list[str]) -> dict[str, Tensor]:
-        """Weighted means of the styles' Gram matrices, the style pictures' longer side being `side` times the plan's scale."""
+    def style_targets(self, side: int) -> dict[str, Moments]:
+        """Weighted means of the styles' Gram matrices and means, the style pictures' longer side being `side` times the plan's scale."""
+        from harness.optimise import Moments
+
         ctx, s = self.ctx, self.settings
-        found: dict[str, Tensor] = {}
+        found: dict[str, Moments] = {}
         for share, picture in zip(self.shares(), self.styles, strict=True):
             image = tensor_of(ctx, picture, self.style_size(side))
-            for layer, target in targets_of(ctx.model, image, layers, s.pooling).items():
-                found[layer] = found.get(layer, 0) + share * target
+            image = image if self.own is None else in_colours(image, *self.own)
+            for layer, (products, mean) in moments_of(ctx.model, image, self.layers, s.pooling).items():
+                before = found.get(layer, (0, 0))
+                found[layer] = Moments(before[0] + share * products, before[1] + share * mean)
         return found
 
     def check(self, side: int) -> None:
@@ -391,19 +410,20 @@ class Transfer:
                 return f"at {image.shape[3]} x {image.shape[2]} pixels {reason}"
         return ""
 
-    def _objective(self, target: Tensor, styles: dict[str, Tensor]) -> Objective:
+    def _objective(self, target: Tensor, style: Style | None) -> Objective:
         from harness import optimise as o
 
         ctx, s = self.ctx, self.settings
+        absolute = s.form == "absolute"
         objective = o.Objective(frozenset(), lambda _, x: 0 * x.sum((1, 2, 3)))  # a slope there is, even where nothing is weighed
         if s.content_weight:
             features = features_of(ctx.model, target, self.content, s.pooling)
-            objective = objective - s.content_weight * o.content_error(self.content, features, s.form)
-        if styles:
+            objective = objective - s.content_weight * o.content_error(self.content, features, "absolute" if absolute else "relative")
+        if style is not None:
             weights: Sequence[float] = s.layer_weights
-            if s.content_weight and s.form == "relative":
-                weights = self._eased(weights, styles, target)
-            objective = objective - self.plan.style_weight * o.style_error(styles, weights, s.form)
+            if s.content_weight and not absolute:
+                weights = self._eased(weights, style, target)
+            objective = objective - self.plan.style_weight * style.error(weights)
         if s.tv_weight:
             objective = objective - (s.tv_weight / target[0].numel() * 100) * o.total_variation()
         if s.dream:
@@ -413,11 +433,17 @@ class Transfer:
             objective = objective + (2 * s.dream / float(size)) * o.layer_norm(layer)
         return objective
 
-    def _eased(self, weights: Sequence[float], targets: dict[str, Tensor], content: Tensor) -> list[float]:
-        """The weights of errors that are shares of ||A_l||^2, less where the content's own Gram matrices are further from A_l than that:
-        of a style that is much fainter than the content nothing but the style would be left."""
-        own = targets_of(self.ctx.model, content, self.layers, self.settings.pooling)
-        away = [float((own[n] - a).square().sum() / a.square().sum().clamp_min(1e-20)) for n, a in targets.items()]
+    def _eased(self, weights: Sequence[float], style: Style, content: Tensor) -> list[float]:
+        """The weights of errors that are shares, less where the content's own is above one: of a style that is much fainter than the
+        content nothing but the style would be left. By covariances that is so of most, as photographs have what paintings have not."""
+        import torch
+
+        from harness.device import full_precision
+
+        with torch.no_grad(), pooled(self.settings.pooling):
+            own = self.ctx.model.activations(content, self.layers)
+        with full_precision(content.device):
+            away = [float(style.error(only=n).score(own, content)) for n in self.layers]
         return [w / max(1.0, d) for w, d in zip(weights, away, strict=True)]
 
     def _errors(self, image: Tensor, picture: Tensor) -> tuple[float, float]:
@@ -428,7 +454,7 @@ class Transfer:
 
         ctx, s = self.ctx, self.settings
         with torch.no_grad(), pooled(s.pooling):
-            style = o.style_error(self.style_targets(max(picture.shape[2:]), self.layers))
+            style = Style(self.style_targets(max(picture.shape[2:]))).error()
             content = o.content_error(self.content, features_of(ctx.model, picture, self.content, s.pooling))
             return float(o.evaluate(ctx.model, style, image, image)), float(o.evaluate(ctx.model, content, image, image))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ from harness_style import (
     SuperResolution,
     WeiLevoyTexture,
 )
-from harness_style.gram import content_layer, descent, falling, pooled, style_layers, targets_of
+from harness_style.gram import Style, content_layer, descent, falling, features_of, moments_of, pooled, style_layers, targets_of
 from harness_style.neural_texture import correlation_length
 from harness_style.pictures import LEAST_SPREAD, MARGIN, SHIFTS, colours_of, framed, in_colours, noise_of, parts_of, recoloured, unframed
 from harness_style.style_transfer import Plan, Transfer
@@ -142,6 +142,84 @@ def test_the_slopes_of_several_layers_are_those_of_the_sums_written_out(form):
     torch.testing.assert_close(*slopes, rtol=1e-11, atol=1e-15)
 
 
+def about_the_style(leaves, targets, weights, whitening):
+    """sum_l w_l ||W_l (K_l - C_l) W_l||^2 / ||W_l C_l W_l||^2 with numpy's covariances and a root of theirs, written out."""
+    total = 0
+    for (name, x), weight in zip(leaves.items(), weights, strict=True):
+        rows = []
+        for i, f in enumerate(x):
+            style = targets[name][min(i, len(targets[name]) - 1)].flatten(1)
+            covariance = torch.from_numpy(np.cov(style.numpy(), bias=True))
+            values, vectors = np.linalg.eigh(covariance.numpy())
+            w = torch.from_numpy(vectors @ np.diag((values / values[-1]) ** (-whitening / 2)) @ vectors.T)
+            apart = f.flatten(1) - style.mean(1)[:, None]
+            lacking = w @ (apart @ apart.T / apart.shape[1] - covariance) @ w
+            rows.append(weight * lacking.square().sum() / (w @ covariance @ w).square().sum())
+        total = total + torch.stack(rows)
+    return total
+
+
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_about_the_styles_means_errors_and_slopes_are_those_written_out(whitening):
+    """Layers of different sizes, one style for all pictures and one for each, slopes by picture."""
+    outputs = {"a": features(), "b": features(3)[:, :3, :4], "c": features(5)}
+    styles = {"a": features(7)[:1], "b": features(8)[:, :3], "c": features(9)}
+    targets = o.covariances({name: o.moments(x) for name, x in styles.items()}, whitening)
+    weights, share = [0.5, 2.0, 0.0], torch.tensor([1.0, -3.0], dtype=torch.float64)
+    values, slopes = [], []
+    ours = o.covariance_error(targets, weights)
+    for score in (lambda leaves: ours.score(leaves, leaves["a"]), lambda leaves: about_the_style(leaves, styles, weights, whitening)):
+        leaves = {name: x.clone().requires_grad_() for name, x in outputs.items()}
+        values.append(score(leaves))
+        slopes.append(torch.autograd.grad((share * values[-1]).sum(), list(leaves.values())))
+    torch.testing.assert_close(*values, rtol=1e-9, atol=0)
+    torch.testing.assert_close(*slopes, rtol=1e-8, atol=1e-14)
+
+
+def test_about_the_styles_means_another_mean_counts_and_the_channels_basis_does_not():
+    def error(style, x, whitening=0.75):
+        return o.covariance_error(o.covariances({"a": o.moments(style)}, whitening)).score({"a": x}, x)
+
+    x, style = features(), features(3)
+    assert error(style, style).abs().max() < 1e-20
+    assert (error(style, style + 1) > 0.1).all()  # the same covariance
+    means = style.mean((2, 3), keepdim=True).expand_as(style)
+    assert torch.allclose(error(style, means), torch.ones(2, dtype=torch.float64))
+    # With a whitening of 1 an invertible map of the channels changes nothing.
+    mixing = torch.eye(5, dtype=torch.float64) + 0.3 * torch.randn((5, 5), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mixed, target = (torch.einsum("dc,nchw->ndhw", mixing, f) for f in (x, style))
+    assert torch.allclose(error(target, mixed, 1.0), error(style, x, 1.0))
+    assert not torch.allclose(error(target, mixed), error(style, x), rtol=0.01)
+    with pytest.raises(ValueError, match="2 weights for 1"):
+        o.covariance_error(o.covariances({"a": o.moments(x)}), [1.0, 2.0])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 123.4])
+def test_of_a_style_of_one_colour_errors_and_slopes_stay_numbers(value):
+    """Of 123.4 the covariance is what rounding leaves."""
+    x = (123.4 + features(side=40)).float().requires_grad_()
+    error = o.covariance_error(o.covariances({"a": o.moments(torch.full((1, 5, 40, 41), value))})).score({"a": x}, x)
+    (slope,) = torch.autograd.grad(error.sum(), x)
+    assert torch.isfinite(error).all()
+    assert torch.isfinite(slope).all()
+    assert slope.abs().sum() > 0
+
+
+def test_a_channel_that_the_style_lacks_counts_as_a_faint_one():
+    """Of variances 1 and none: W = diag(1, 1e-3^-3/8), and the picture's 4 and covariance of 2 add (4 W^2)^2 + 2 (2 W)^2."""
+    x = torch.tensor([[1.0, -1.0], [2.0, -2.0]], dtype=torch.float64).view(1, 2, 1, 2)
+    style = x * torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 2, 1, 1)
+    found = o.covariance_error(o.covariances({"a": o.moments(style)})).score({"a": x}, x)
+    assert float(found) == pytest.approx((4 * 1e-3**-0.75) ** 2 + 2 * (2 * 1e-3**-0.375) ** 2)
+
+
+def test_of_a_style_that_is_not_finite_nothing_is():
+    x, style = features(), features(3)
+    style[1, 2, 3, 4] = torch.inf
+    found = o.covariance_error(o.covariances({"a": o.moments(style)})).score({"a": x}, x)
+    assert torch.isfinite(found).tolist() == [True, False]
+
+
 @pytest.mark.slow
 def test_layers_are_chosen_whose_gram_matrices_cost_little(squeezenet, registry):
     """Multiplications of all Gram matrices, as a share of those of the convolutions down to the deepest layer."""
@@ -217,6 +295,20 @@ def test_a_texture_has_the_samples_gram_matrices_and_deeper_layers_bring_structu
     assert curve[-1] < 0.05 * curve[0]
 
 
+def test_textures_by_covariances_have_those_of_the_sample(squeezenet, registry):
+    brick = load_dataset("textures", registry).select(indices=[0])
+    found = {}
+    for form in ("relative", "covariance"):
+        result = run_once(NeuralTexture(steps=40, size=96, depths=1, form=form), squeezenet, brick)
+        sample, texture = torch.as_tensor(table(result, "texture-1").data)[:, None]
+        layers = style_layers(Context(squeezenet, images=sample, ids=["a"], technique="neural_texture"), (), fine=True)
+        wanted = moments_of(squeezenet, sample, layers, "average")
+        with pooled("average"):
+            found[form] = float(o.evaluate(squeezenet, o.covariance_error(o.covariances(wanted)), texture, texture))
+        assert metric(result, "gram_error").value < 0.05
+    assert found["covariance"] < 0.5 * found["relative"]
+
+
 def test_textures_have_the_colours_of_their_samples(squeezenet, registry):
     brick = load_dataset("textures", registry).select(indices=[0])
     spread = {}
@@ -256,7 +348,8 @@ def made(result, number=1):
     return table(result, f"transfer-{number}").data[-1]
 
 
-def test_without_a_style_it_is_the_content_and_without_content_a_texture(small, photos):
+@pytest.mark.parametrize("form", ["covariance", "relative"])
+def test_without_a_style_it_is_the_content_and_without_content_a_texture(small, photos, form):
     cat = photos("chelsea.png")
     result = run_once(quick(style_weight=(0.0,), tv_weight=0), small, cat)
     sheet = table(result, "transfer-1").data
@@ -267,13 +360,14 @@ def test_without_a_style_it_is_the_content_and_without_content_a_texture(small, 
     ctx = context(small, photos)
     layers = ["features.1", "features.4", "features.7"]
     same = {"style_layers": layers, "layer_weights": [1 / 3] * 3}
-    chosen = run_once(quick(content_weight=0, tv_weight=0, start="noise", style_weight=(1.0,), **same), small, cat)
+    chosen = run_once(quick(content_weight=0, tv_weight=0, start="noise", style_weight=(1.0,), form=form, **same), small, cat)
     sample = torch.from_numpy(at_size(ctx.named_picture(IHC), 48, 3)).permute(2, 0, 1)[None].float() / 255
     draws = Draws(["chelsea.png 1"], torch.device("cpu"), torch.float32, 0, "style_transfer", "")
     start = framed(draws.rand((3, 32, 48)), 0)
+    covariance, grams = moments_of(small, sample, layers, "average"), targets_of(small, sample, layers, "average")
     plain = o.ascend(
         small,
-        -o.style_error(targets_of(small, sample, layers, "average")),
+        -(o.covariance_error(o.covariances(covariance)) if form == "covariance" else o.style_error(grams)),
         start,
         steps=12,
         step_size=5 / 255,
@@ -321,7 +415,7 @@ def test_more_style_costs_content(small, squeezenet, photos, palette):
     assert all(a[4] > b[4] for a, b in pairwise(rows))
 
 
-def test_styles_are_blended_by_their_gram_matrices(small, photos, registry):
+def test_styles_are_blended_by_their_gram_matrices_and_means(small, photos, registry):
     cat = photos("chelsea.png")
     single = run_once(quick(style=(IHC,)), small, cat)
     hot = run_once(quick(style=(IHC, BRICK), blend=(1.0, 0.0)), small, cat)
@@ -330,11 +424,11 @@ def test_styles_are_blended_by_their_gram_matrices(small, photos, registry):
     pictures = [ctx.named_picture(n) for n in (IHC, BRICK)]
     layers = ["features.1", "features.4"]
     transfer = Transfer(ctx, quick(style=(IHC, BRICK), blend=(3.0, 1.0)), layers, "features.4", pictures, Plan("a", 1.0, 1.0), "a")
-    mixed = transfer.style_targets(48, layers)
+    mixed = transfer.style_targets(48)
     tensors = [torch.from_numpy(at_size(p, 48, 3)).permute(2, 0, 1)[None].float() / 255 for p in pictures]
-    alone = [targets_of(small, x, layers, "average") for x in tensors]
-    for layer in layers:
-        torch.testing.assert_close(mixed[layer], 0.75 * alone[0][layer] + 0.25 * alone[1][layer])
+    alone = [features_of(small, x, layers[1], "average") for x in tensors]
+    torch.testing.assert_close(mixed[layers[1]].gram, 0.75 * o.gram(alone[0]) + 0.25 * o.gram(alone[1]))
+    torch.testing.assert_close(mixed[layers[1]].mean, 0.75 * alone[0].mean((2, 3)) + 0.25 * alone[1].mean((2, 3)))
 
 
 def test_colours_of_the_content_stay():
@@ -371,6 +465,31 @@ def test_a_picture_takes_the_mean_and_the_covariance_of_others_pixels():
     torch.testing.assert_close(in_colours(half, mean, covariance).double(), found, rtol=0, atol=0.02)
     speckled = torch.full_like(one, 0.5) + 1e-3 * torch.sign(one - 0.4)
     assert colours_of(in_colours(speckled, mean, covariance))[1].max() < 0.01 * covariance.max()  # noise is not made a picture of
+
+
+def test_styles_take_the_colours_of_a_picture_that_keeps_its_own(small, photos):
+    cat = photos("chelsea.png")
+    ctx = context(small, photos)
+    picture = ctx.named_picture(BRICK)
+    x, brick = (torch.from_numpy(at_size(p, 48, 3)).permute(2, 0, 1)[None].float() / 255 for p in (cat.get(0), picture))
+    transfer = Transfer(
+        ctx,
+        quick(style=(BRICK,), colours="content", steps=0, layer_weights=(1.0,)),
+        ["features.1"],
+        "features.4",
+        [picture],
+        Plan("a", 1.0, 1.0),
+        "a",
+    )
+    transfer.run(x)
+    found = transfer.style_targets(48)["features.1"].gram
+    wanted = o.gram(features_of(small, in_colours(brick, *colours_of(x)), "features.1", "average"))
+    torch.testing.assert_close(found, wanted)
+    sheet = table(run_once(quick(style=(BRICK,), colours="content"), small, cat), "transfer-1").data
+    change = sheet[-1] - sheet[0]
+    assert np.abs(change).mean() > 0.02
+    inside = ((sheet[-1] > 0) & (sheet[-1] < 1)).all(0)
+    assert np.abs(change - change.mean(0))[:, inside].max() < 0.01  # of lightness alone
 
 
 def test_the_content_is_in_the_styles_colours_where_there_is_a_style_with_some(small, photos, tmp_path):
@@ -447,20 +566,39 @@ def test_the_picture_lies_elsewhere_in_each_part():
     assert parts_of(0, 3) == [0]
 
 
-def test_faint_styles_leave_the_content(small, photos):
+@pytest.mark.parametrize("form", ["covariance", "relative"])
+def test_faint_styles_leave_the_content(small, photos, form):
     """Weights are divided by the content's own distance where that is above 1; bricks on a cat then leave more of the cat."""
     cat = photos("chelsea.png")
     ctx = context(small, photos)
     layers = ["features.1", "features.4"]
-    transfer = Transfer(ctx, quick(style=(BRICK,)), layers, "features.4", [ctx.named_picture(BRICK)], Plan("a", 1.0, 1.0), "a")
-    targets = transfer.style_targets(48, layers)
+    settings = quick(style=(BRICK,), form=form)
+    transfer = Transfer(ctx, settings, layers, "features.4", [ctx.named_picture(BRICK)], Plan("a", 1.0, 1.0), "a")
+    targets = transfer.style_targets(48)
+    style = Style(targets, form)
     x = torch.from_numpy(at_size(cat.get(0), 48, 3)).permute(2, 0, 1)[None].float() / 255
-    own = targets_of(small, x, layers, "average")
-    away = [float(((own[n] - targets[n]) ** 2).sum() / (targets[n] ** 2).sum()) for n in layers]
+    own = {n: features_of(small, x, n, "average") for n in layers}
+    if form == "relative":
+        away = [float(((o.gram(own[n]) - targets[n].gram) ** 2).sum() / (targets[n].gram ** 2).sum()) for n in layers]
+    else:
+        away = [float(o.covariance_error(o.covariances({n: targets[n]})).score(own, x)) for n in layers]
     assert max(away) > 1
-    assert transfer._eased([2.0, 3.0], targets, x) == pytest.approx([w / max(1.0, d) for w, d in zip((2.0, 3.0), away, strict=True)])
-    own = {n: t * (1 + 1e-3) for n, t in own.items()}
-    assert transfer._eased([2.0, 3.0], own, x) == [2.0, 3.0]  # no further than they are large: as they were
+    assert transfer._eased([2.0, 3.0], style, x) == pytest.approx([w / max(1.0, d) for w, d in zip((2.0, 3.0), away, strict=True)])
+    near = {n: o.Moments(o.gram(f) * (1 + 1e-3), f.mean((2, 3))) for n, f in own.items()}
+    assert transfer._eased([2.0, 3.0], Style(near, form), x) == [2.0, 3.0]  # no further than they are large: as they were
+
+
+def test_forms_of_the_style_s_error(small, photos):
+    """Each makes a picture of its own; without one it is that of covariances, and the paper's Gram matrices with the preset."""
+    cat = photos("chelsea.png")
+    results = [run_once(quick(form=f), small, cat) for f in ("", "covariance", "relative", "absolute")]
+    assert [table(r, "errors").rows[0][1] for r in results] == [15.0, 15.0, 30.0, 30.0]
+    plain, covariance, relative, absolute = map(made, results)
+    assert np.array_equal(plain, covariance)
+    for one, other in combinations((covariance, relative, absolute), 2):
+        assert np.abs(one - other).max() > 0.02
+    with pytest.raises(ConfigError, match="form"):
+        StyleTransfer.build({"form": "gram"})
 
 
 def test_defaults_of_weights_and_colours(small, photos):
@@ -493,6 +631,11 @@ def test_vgg16_transfers_by_the_papers_layers_and_by_the_defaults(photos, regist
         assert layers in start.notes
         assert metric(end, "style_error").value < 0.3 * metric(start, "style_error").value
         assert metric(end, "content_error").value < 1
+        few, same = (
+            made(run_once(StyleTransfer(style=(IHC,), preset=preset, form=form, size=64, coarse=0, shifts=1, steps=3), vgg, cat))
+            for form in ("", "relative" if preset else "covariance")
+        )
+        assert np.array_equal(few, same)
 
 
 def test_nothing_weighed_is_the_picture_and_sizes_too_small_for_a_style_are_left_out(small, squeezenet, photos):
