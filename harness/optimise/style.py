@@ -62,7 +62,7 @@ FAINTEST = 1e-3
 
 
 def _power(covariances: Tensor, exponent: float) -> Tensor:
-    """(N, C, C) powers, of each its largest eigenvalue being 1."""
+    """(N, C, C) powers of covariances scaled to a largest eigenvalue of 1."""
     found = covariances.cpu() if covariances.device.type == "mps" else covariances
     known = torch.isfinite(found).all(2).all(1)[:, None]
     unit = torch.eye(found.shape[1], device=found.device, dtype=found.dtype)
@@ -157,8 +157,9 @@ def covariance_error(targets: Mapping[str, Covariance], weights: Sequence[float]
     """sum_l w_l ||W_l (K_l - C_l) W_l||^2 / ||W_l C_l W_l||^2: K_l are the mean products of the layers' features about the *style's* means,
     C_l the style's covariances, W_l = C_l^(-whitening / 2). Subtract it.
 
-    Zero where Gram matrices and means are the style's, one of what has the style's means everywhere. Of a Gram matrix most is the products
-    of the means, which say little of what shapes there are; about the means these count, and rare ones more by `covariances`' whitening.
+    Zero where Gram matrices and means are the style's (a mean that is off can stand for variance that lacks), one of what has the style's
+    means everywhere. Of a Gram matrix most is the products of the means, which say little of what shapes there are. With these products
+    gone what varies together counts, and what does so rarely counts more by the whitening of `covariances`.
 
     targets {layer: what `covariances` gives for 1 or N pictures}; without weights each layer counts the same, and they sum to 1.
     """

@@ -127,7 +127,7 @@ class NeuralTexture(Technique):
             artifacts.append(
                 Curve("objective", range(1, longest + 1), full, "step", "error", log_y=all((v > 0).all() for v in full.values()))
             )
-        columns = ["picture", "layers to", "error of the matched layers", "error of all layers", "correlation length in pixels"]
+        columns = ["picture", "layers to", "Gram error of the matched layers", "Gram error of all layers", "correlation length in pixels"]
         artifacts.append(Table("errors", columns, rows))
         about = "relative squared error of the Gram matrices at the end, all layers matched"
         return Result(

@@ -72,13 +72,13 @@ class StyleTransfer(Technique):
     CVPR; arXiv:1508.06576).
 
     E_l = ||W_l (K_l(x) - C_l) W_l||^2 / ||W_l C_l W_l||^2: K_l are mean products of features about the style's means, C_l the style's
-    covariances, W_l = C_l^-0.375, by which rare features count more. `form=relative` has Gram matrices G_l in its place, ||G_l(x) -
-    A_l||^2 / ||A_l||^2, and `form=absolute` the paper's sums. Errors are relative, so that one set of weights serves networks and layers
-    of any scale; where the content's own is above one, as of rare features it mostly is, its weight is divided by it.
-    The content is the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and what is
-    red. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on
-    one by one and whole: memory grows with their size, as the statistics of all positions are needed at once. Cost: one forward and one
-    backward pass to the deepest layer a step, of the picture with a frame of some pixels, and three forward passes a part.
+    covariances, W_l = C_l^-0.375, by which rare features count more, if not those that are hardly there. `form=relative` has Gram matrices
+    G_l in its place, ||G_l(x) - A_l||^2 / ||A_l||^2. These errors are shares, so that one set of weights serves networks and layers of any
+    scale; beside a content, a layer's weight is divided by the content's own error where that is above one. `form=absolute` has the
+    paper's sums. The content is the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is
+    dark and what is red. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes
+    and are worked on one by one and whole: memory grows with their size, as the statistics of all positions are needed at once. Cost: one
+    forward and one backward pass to the deepest layer a step, of the picture with a frame of some pixels, and three forward passes a part.
     """
 
     name = "style_transfer"
@@ -88,9 +88,9 @@ class StyleTransfer(Technique):
     needs = frozenset({"dataset", "conv"})
     per_picture = True
     reading = (
-        "The first picture is the content, the second the style. The table says how far features and Gram matrices are from those of "
-        "the content in the style's colours and of the style, as shares of them: the one falls as the other rises. The objective jumps "
-        "where the picture is moved against the network's strides, or grows."
+        "The first picture is the content, the second the style. The table says how far features are from those of the content and Gram "
+        "matrices, whatever `form` is, from those of the style, as shares of them, each in the colours in which it is matched: one falls "
+        "as the other rises. The objective jumps where the picture is moved against the network's strides, or grows."
     )
     caveats = "Whether a picture is good no number here tells: look. Networks other than VGG give other, often flatter, styles."
 
@@ -300,7 +300,9 @@ class Transfer:
         height, width = picture.shape[2:]
         draws = ctx.draws([self.stream])
         picture = self._in_the_styles_colours(picture)
-        self.own = colours_of(picture) if s.colours == "content" else None
+        mean, covariance = colours_of(picture)
+        some = np.trace(covariance) > len(mean) * LEAST_SPREAD**2  # of one colour there is nothing to take
+        self.own = (mean, covariance) if s.colours == "content" and some else None
         image: Tensor | None = None
         traces, stages, notes = [], [], []
         done = shown = 0

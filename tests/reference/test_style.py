@@ -568,7 +568,7 @@ def test_the_picture_lies_elsewhere_in_each_part():
 
 @pytest.mark.parametrize("form", ["covariance", "relative"])
 def test_faint_styles_leave_the_content(small, photos, form):
-    """Weights are divided by the content's own distance where that is above 1; bricks on a cat then leave more of the cat."""
+    """Weights are divided by the content's own error where that is above 1."""
     cat = photos("chelsea.png")
     ctx = context(small, photos)
     layers = ["features.1", "features.4"]
@@ -589,7 +589,7 @@ def test_faint_styles_leave_the_content(small, photos, form):
 
 
 def test_forms_of_the_style_s_error(small, photos):
-    """Each makes a picture of its own; without one it is that of covariances, and the paper's Gram matrices with the preset."""
+    """Each makes a picture of its own; without one it is that of covariances."""
     cat = photos("chelsea.png")
     results = [run_once(quick(form=f), small, cat) for f in ("", "covariance", "relative", "absolute")]
     assert [table(r, "errors").rows[0][1] for r in results] == [15.0, 15.0, 30.0, 30.0]
@@ -655,6 +655,8 @@ def test_bad_styles_and_pictures_are_told(small, squeezenet, photos, tmp_path):
     with pytest.raises(HarnessError, match="no picture"):
         run_once(quick(style=(str(tmp_path / "none.png"),)), small, cat)
     Image.new("RGB", (60, 60), (10, 200, 30)).save(tmp_path / "flat.png")
+    for more in ({}, {"content_weight": 0.0}, {"colours": "content"}):
+        assert np.isfinite(made(run_once(quick(style=(str(tmp_path / "flat.png"),), **more), small, cat))).all()
     flat = run_once(quick(style=(str(tmp_path / "flat.png"),)), small, cat)
     assert any("one colour everywhere" in note for note in flat.notes)
     with pytest.raises(ConfigError, match=r"style_transfer.style: at .* raise style_scale or size"):
