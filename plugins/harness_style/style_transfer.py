@@ -300,9 +300,7 @@ class Transfer:
         height, width = picture.shape[2:]
         draws = ctx.draws([self.stream])
         picture = self._in_the_styles_colours(picture)
-        mean, covariance = colours_of(picture)
-        some = np.trace(covariance) > len(mean) * LEAST_SPREAD**2  # of one colour there is nothing to take
-        self.own = (mean, covariance) if s.colours == "content" and some else None
+        self.own = self._kept_colours(picture)
         image: Tensor | None = None
         traces, stages, notes = [], [], []
         done = shown = 0
@@ -374,6 +372,13 @@ class Transfer:
         shares = np.asarray([share for share, _, _ in counted])
         mean, covariance = (np.tensordot(shares / shares.sum(), [one[i] for one in counted], 1) for i in (1, 2))
         return in_colours(picture, mean, covariance, s.palette)
+
+    def _kept_colours(self, picture: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+        """Those that the styles are to take: of a picture of one colour there are none."""
+        if self.settings.colours != "content":
+            return None
+        mean, covariance = colours_of(picture)
+        return (mean, covariance) if np.trace(covariance) > len(mean) * LEAST_SPREAD**2 else None
 
     def shares(self) -> list[float]:
         """How much each style counts; their sum is 1."""

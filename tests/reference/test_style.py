@@ -405,7 +405,7 @@ def test_more_style_costs_content(small, squeezenet, photos, palette):
     """The frontier: over five weights the content's error rises and the style's falls. In the style's colours the picture is far nearer to
     it from the first, and the weights are smaller at which the rest is decided."""
     weights = (0.04, 0.2, 1.0, 5.0, 25.0) if palette else (0.1, 1.0, 10.0, 100.0, 1000.0)
-    more = {"optimiser": "adam", "size": 128, "steps": 40} if palette else {"steps": 60}
+    more = {"size": 128, "steps": 40} if palette else {"optimiser": "adam", "steps": 60}
     made = run_once(
         quick(style_weight=weights, palette=palette, tv_weight=0, **more), squeezenet if palette else small, photos("coffee.png")
     )
