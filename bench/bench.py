@@ -512,10 +512,10 @@ def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]
 
 
 def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
-    """A step of style transfer (content, five style layers) against one forward and backward pass to the deepest layer, and against
-    a plain loop with torch's L-BFGS and the same losses. One picture of the technique's own size."""
+    """A step of style transfer (content, five style layers, matches of single places) against one forward and backward pass to the deepest
+    layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of the technique's own size."""
     from harness import optimise as o
-    from harness_style.gram import Style, content_layer, descent, falling, features_of, moments_of, pooled, style_layers
+    from harness_style.gram import Style, content_layer, descent, falling, features_of, maps_of, moments_of, pooled, sparse, style_layers
 
     images = torch.rand((1, 3, 384, 512), generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     ctx = context(model, images, "style_transfer", 1)
@@ -532,9 +532,17 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
                 leaf = images.detach().requires_grad_()
                 torch.autograd.grad(model.activations(leaf, [layers[-1]])[layers[-1]].sum(), leaf)
 
-    own, papers = (-o.content_error(content, features) - 25 * Style(targets, form).error(weights) for form in ("covariance", "relative"))
+    whole, papers = (-o.content_error(content, features) - 25 * Style(targets, form).error(weights) for form in ("covariance", "relative"))
+    places = {name: o.places(found) for name, found in maps_of(model, images.flip(3), sparse(ctx, layers), "average").items()}
 
-    def ours(steps: int, objective: o.Objective, rule: Literal["adam"] | o.LBFGS, colours: float) -> None:
+    def own() -> o.Objective:
+        """With places found anew, as in each part."""
+        found = maps_of(model, images, list(places), "average")
+        wanted = {name: o.nearest_places(maps, places[name]) for name, maps in found.items()}
+        return whole - o.match_error(wanted, {name: p.spread for name, p in places.items()})
+
+    def ours(steps: int, objective: o.Objective | Callable[[], o.Objective], rule: Literal["adam"] | o.LBFGS, colours: float) -> None:
+        objective = objective if isinstance(objective, o.Objective) else objective()
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
         o.ascend(
             model, objective, images, steps=steps, step_size=0.02, rule=rule, draws=draws, operators=[o.Clamp()],

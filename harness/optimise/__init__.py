@@ -21,6 +21,7 @@ A score that is not finite ends the work on that picture: its last good state is
 
 from .conditioners import NATURAL_COLOURS, ClipSmallGradients, Colours, Conditioner, LowFrequencies, NaturalColours
 from .loop import Ascent, State, ascend, join, stepped
+from .matching import Patches, Places, as_sharp_as, match_error, nearest_places, patches, places, repainted, spread, together
 from .objectives import (
     Objective,
     alpha_norm,
@@ -72,7 +73,9 @@ __all__ = [
     "Operator",
     "Pad",
     "Parametrisation",
+    "Patches",
     "Pixels",
+    "Places",
     "Progress",
     "Remembers",
     "Rotate",
@@ -82,6 +85,7 @@ __all__ = [
     "State",
     "Transform",
     "alpha_norm",
+    "as_sharp_as",
     "ascend",
     "channel",
     "class_score",
@@ -95,10 +99,17 @@ __all__ = [
     "guide_match",
     "join",
     "layer_norm",
+    "match_error",
     "moments",
+    "nearest_places",
+    "patches",
+    "places",
     "positions",
+    "repainted",
+    "spread",
     "squared_norm",
     "stepped",
     "style_error",
+    "together",
     "total_variation",
 ]

@@ -79,8 +79,7 @@ def feature_error(layer: str, features: Tensor) -> Objective:
     size = features.flatten(1).square().sum(1).clamp_min(torch.finfo(features.dtype).tiny)
 
     def score(outputs: dict[str, Tensor], _: Tensor) -> Tensor:
-        found: Tensor = _SquaredDistance.apply(outputs[layer], features, 1 / size)
-        return found
+        return squared_distance(outputs[layer], features, 1 / size)
 
     return Objective(frozenset({layer}), score)
 
@@ -120,6 +119,12 @@ def half_square(x: Tensor) -> Tensor:
     return found
 
 
+def squared_distance(x: Tensor, centre: Tensor, factor: Tensor) -> Tensor:
+    """(N,) factor_i ||x_i - centre_i||^2 of each picture."""
+    found: Tensor = _SquaredDistance.apply(x, centre, factor)
+    return found
+
+
 def squared_length(x: Tensor) -> Tensor:
     """(N,) ||x||^2 of each picture, in one pass over memory."""
     return torch.linalg.vector_norm(x, dim=_inner(x)).square()
@@ -138,8 +143,6 @@ class _HalfSquare(torch.autograd.Function):
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """(N,) factor_i ||x_i - centre_i||^2."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, centre: Tensor, factor: Tensor) -> Tensor:
         away = x - centre

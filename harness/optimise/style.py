@@ -44,7 +44,7 @@ class Covariance(NamedTuple):
     size: Tensor  # (N,), tr(C V C V) of the covariance C and the metric V
 
 
-def covariances(targets: Mapping[str, Moments], whitening: float = 0.75) -> dict[str, Covariance]:
+def covariances(targets: Mapping[str, Moments], whitening: float = 0.5) -> dict[str, Covariance]:
     """C^-whitening as the metric of each layer, C = G - m m' being the style's covariance: with 0 all directions of the features count by
     their variance, with 1 rare ones as much as any, and an invertible linear map of the channels then changes nothing. Directions of less
     than `FAINTEST` of the strongest one's variance count as if they had that much. Of features that are not finite all is not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
@@ -52,13 +53,18 @@ class Style:
 
 
 def features_of(model: LoadedModel, images: Tensor, layer: str, pooling: str = "max") -> Tensor:
+    return maps_of(model, images, [layer], pooling)[layer]
+
+
+def maps_of(model: LoadedModel, images: Tensor, layers: Sequence[str], pooling: str = "max") -> dict[str, Tensor]:
+    """{layer: (N, C, H, W)} in single precision at least."""
     import torch
 
     from harness.device import at_least_single
 
     with torch.no_grad(), pooled(pooling):
-        found: Tensor = model.activations(images, [layer])[layer]
-        return at_least_single(found)
+        found: dict[str, Tensor] = model.activations(images, list(dict.fromkeys(layers)))
+        return {name: at_least_single(maps) for name, maps in found.items()}
 
 
 def descent(optimiser: Literal["lbfgs", "adam"]) -> Literal["adam"] | LBFGS:
@@ -94,6 +100,13 @@ def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: fl
     for name in found:
         ctx.model.maps_shape(name)
     return list(dict.fromkeys(found))
+
+
+def sparse(ctx: Context, layers: Sequence[str]) -> list[str]:
+    """Those with at most a 64th as many positions as a picture has pixels, a stride of eight, or else the last: what is compared with all
+    of the style there sees shapes and not only grain, and comparing costs little beside the network's passes."""
+    found = [name for name in layers if 64 * math.prod(ctx.model.maps_shape(name)[1:]) <= ctx.model.input.size**2]
+    return found or list(layers[-1:])
 
 
 def falling(count: int) -> tuple[float, ...]:

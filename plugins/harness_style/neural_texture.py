@@ -43,7 +43,7 @@ class NeuralTexture(Technique):
 
     name = "neural_texture"
     family = "style"
-    version = 10
+    version = 11
     paper = Paper("Gatys, Ecker, Bethge", 2015, "Texture Synthesis Using Convolutional Neural Networks", arxiv="1505.07376")
     needs = frozenset({"dataset", "conv"})
     per_picture = True

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from harness import ConfigError, Curve, Images, Metric, NotApplicable, Paper, Param, Result, Table, Technique
 
-from .gram import Form, Style, content_layer, descent, falling, features_of, moments_of, pooled, style_layers
+from .gram import Form, Style, content_layer, descent, falling, features_of, maps_of, moments_of, pooled, sparse, style_layers
 from .pictures import (
     LEAST_SPREAD,
     NAMED,
@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness import Context
-    from harness.optimise import Ascent, Moments, Objective
+    from harness.optimise import Ascent, Moments, Objective, Patches, Places
     from harness.technique import Further
 
 EVERY = 100  # steps between the pictures that show the progress
 COLOURS_AT = 256  # pixels of the longer side at which a style's colours are counted
-WEIGHT, WEIGHT_OF_GRAMS = 15.0, 30.0  # of the style
+WEIGHT, WEIGHT_OF_GRAMS = 5.0, 30.0  # of the style
+MATCHES = 0.07  # of single places beside the style's statistics
 LEAST = 32  # pixels of the shorter side of the coarsest picture
 # The settings of Gatys et al. 2016 in torchvision's layer names: content at relu4_2, style at relu1_1 to relu5_1.
 PAPER: dict[str, Any] = {"pooling": "average", "palette": 0.0}
@@ -67,23 +68,31 @@ class Plan:
 
 
 class StyleTransfer(Technique):
-    """The content of one picture in the style of another: argmin_x alpha ||F(x) - P||^2 / ||P||^2 + beta sum_l w_l E_l(x) + gamma TV(x), F
-    being a layer's output, P that of the content picture, and E_l how far a layer's statistics are from the style's (Gatys et al. 2016,
-    CVPR; arXiv:1508.06576).
+    """The content of one picture in the style of another: argmin_x alpha ||F(x) - P||^2 / ||P||^2 + beta (sum_l w_l E_l(x) + delta M(x)) +
+    gamma TV(x), F being a layer's output, P that of the content picture, E_l how far a layer's statistics are from the style's (Gatys et
+    al. 2016, CVPR; arXiv:1508.06576), and M how far single places are from the style's that are most like them (Li & Wand 2016, CVPR;
+    arXiv:1601.04589).
 
     E_l = ||W_l (K_l(x) - C_l) W_l||^2 / ||W_l C_l W_l||^2: K_l are mean products of features about the style's means, C_l the style's
-    covariances, W_l = C_l^-0.375, by which rare features count more, if not those that are hardly there. `form=relative` has Gram matrices
-    G_l in its place, ||G_l(x) - A_l||^2 / ||A_l||^2. These errors are shares, so that one set of weights serves networks and layers of any
-    scale; beside a content, a layer's weight is divided by the content's own error where that is above one. `form=absolute` has the
-    paper's sums. The content is the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is
-    dark and what is red. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes
-    and are worked on one by one and whole: memory grows with their size, as the statistics of all positions are needed at once. Cost: one
-    forward and one backward pass to the deepest layer a step, of the picture with a frame of some pixels, and three forward passes a part.
+    covariances, W_l = C_l^-1/4, by which rare features count more, if not those that are hardly there. M is the mean, over style layers
+    with strides of eight and more, of ||F_l(x) - T_l||^2 / (HW s_l): at each place T_l has the style's features of the place whose
+    surroundings of 3 x 3 are most like it, found anew in each part; s_l is the mean squared distance of features from their mean, the
+    style's or the content's, whichever is larger. Between the parts at smaller sizes, and at the end, patches of pixels become the style's
+    (`strokes`; Kwatra et al. 2005), and at last fine frequencies get the style's power. `form=relative` has Gram matrices G_l, ||G_l(x) -
+    A_l||^2 / ||A_l||^2, and neither M nor patches, if these are not asked for. These errors are shares, so that one set of weights serves
+    networks and layers of any scale; beside a content, the weight of E_l is divided by the content's own where that is above one.
+    `form=absolute` has the paper's sums.
+
+    The content is the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and what is
+    red. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on
+    one by one and whole: memory grows with their size, as the statistics of all positions are needed at once. Cost: one forward and one
+    backward pass to the deepest layer a step, of the picture with a frame of some pixels; three forward passes a part, and the comparison
+    with up to 4096 places of the style; at the end one with 8192 patches.
     """
 
     name = "style_transfer"
     family = "style"
-    version = 9
+    version = 10
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -109,6 +118,18 @@ class StyleTransfer(Technique):
     content_weight: float = Param(1.0, ge=0, description="alpha")
     style_weight: tuple[float, ...] = Param(
         (), description=f"beta; several make a row of pictures; none: {WEIGHT:g}, of Gram matrices {WEIGHT_OF_GRAMS:g}"
+    )
+    match_weight: float | None = Param(
+        None,
+        ge=0,
+        description=f"delta: how much the matches of single places count, as a share of beta; none: {MATCHES:.2g}, with Gram matrices 0",
+    )
+    strokes: float | None = Param(
+        None,
+        ge=0,
+        le=1,
+        description="how far patches of 6 x 6 pixels become those of the style that are most like them, and as sharp; none: 1, with Gram "
+        "matrices 0",
     )
     tv_weight: float = Param(0.0, ge=0, description="gamma, to smooth; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
@@ -179,7 +200,10 @@ class StyleTransfer(Technique):
                 )
         form: Form = self.form or ("relative" if self.preset else "covariance")
         betas = self.style_weight or (WEIGHT if form == "covariance" else WEIGHT_OF_GRAMS,)
-        settings = self.model_copy(update={**PRESETS.get(self.preset, {}), "form": form, "style_weight": betas})
+        places = self.match_weight if self.match_weight is not None else MATCHES if form == "covariance" else 0.0
+        strokes = self.strokes if self.strokes is not None else float(form == "covariance")
+        settled = {"form": form, "style_weight": betas, "match_weight": places, "strokes": strokes}
+        settings = self.model_copy(update={**PRESETS.get(self.preset, {}), **settled})
         layers = style_layers(ctx, settings.style_layers)
         if not self.layer_weights:  # the paper's are all the same
             weights = (1 / len(layers),) * len(layers) if self.preset else falling(len(layers))
@@ -317,16 +341,23 @@ class Transfer:
             else:
                 image = draws.rand(small.shape[1:])
             style = Style(self.style_targets(max(tall, wide)), s.form or "covariance") if self.plan.style_weight else None
+            places = self.style_places(max(tall, wide)) if self.plan.style_weight and s.match_weight else {}
+            brush = self._brush(max(tall, wide)) if self.plan.style_weight and s.strokes and s.steps else None
             parts = parts_of(s.steps, s.shifts)
             for number, steps in enumerate(parts):
-                part = self._descend(self._objective(framed(small, number), style), framed(image, number), steps, draws)
+                start = framed(image, number)
+                part = self._descend(self._objective(framed(small, number), start, style, places), start, steps, draws)
                 image = unframed(part.images, number).clamp(0, 1)
+                last = number == len(parts) - 1
+                if brush is not None and (last or (tall, wide) != (height, width)):
+                    image = o.repainted(image, brush, s.strokes or 0).clamp(0, 1)
+                if brush is not None and last and (tall, wide) == (height, width):
+                    image = self._sharpened(image)
                 traces.append(-part.scores[:, 0].cpu().double().numpy())
                 for n, shot in part.snapshots:
-                    last = number == len(parts) - 1 and n == steps
-                    if last or (done + n) // EVERY > shown:
+                    if (last and n == steps) or (done + n) // EVERY > shown:
                         shown = (done + n) // EVERY
-                        stages.append((done + n, unframed(shot, number)))
+                        stages.append((done + n, image if n == steps else unframed(shot, number)))
                 done += steps
                 if part.stopped:
                     notes.append(
@@ -389,15 +420,44 @@ class Transfer:
         """Weighted means of the styles' Gram matrices and means, the style pictures' longer side being `side` times the plan's scale."""
         from harness.optimise import Moments
 
-        ctx, s = self.ctx, self.settings
         found: dict[str, Moments] = {}
-        for share, picture in zip(self.shares(), self.styles, strict=True):
-            image = tensor_of(ctx, picture, self.style_size(side))
-            image = image if self.own is None else in_colours(image, *self.own)
-            for layer, (products, mean) in moments_of(ctx.model, image, self.layers, s.pooling).items():
+        for share, image in self._style_images(side):
+            for layer, (products, mean) in moments_of(self.ctx.model, image, self.layers, self.settings.pooling).items():
                 before = found.get(layer, (0, 0))
                 found[layer] = Moments(before[0] + share * products, before[1] + share * mean)
         return found
+
+    def style_places(self, side: int) -> dict[str, Places]:
+        """What the styles have at layers that see shapes, of each as much as it counts."""
+        from harness.optimise.matching import MOST, places, together
+
+        layers = sparse(self.ctx, self.layers)
+        shares, found = [], []
+        for share, image in self._style_images(side):
+            if share:
+                maps = maps_of(self.ctx.model, image, layers, self.settings.pooling)
+                shares.append(share)
+                found.append({layer: places(features, max(1, round(share * MOST))) for layer, features in maps.items()})
+        return {layer: together([one[layer] for one in found], shares) for layer in layers}
+
+    def _sharpened(self, image: Tensor) -> Tensor:
+        from harness.optimise import as_sharp_as
+
+        shares, styles = zip(*self._style_images(max(image.shape[2:])), strict=True)
+        sharp = as_sharp_as(image, styles, shares)
+        return (image + (self.settings.strokes or 0) * (sharp - image)).clamp(0, 1)
+
+    def _brush(self, side: int) -> Patches:
+        from harness.optimise import patches
+
+        images = [(share, image) for share, image in self._style_images(side) if share]
+        return patches([image for _, image in images], [share for share, _ in images])
+
+    def _style_images(self, side: int) -> Iterator[tuple[float, Tensor]]:
+        """How much each style counts, and its picture, whose longer side is `side` times the plan's scale."""
+        for share, picture in zip(self.shares(), self.styles, strict=True):
+            image = tensor_of(self.ctx, picture, self.style_size(side))
+            yield share, image if self.own is None else in_colours(image, *self.own)
 
     def check(self, side: int) -> None:
         """Raises where the network cannot look at the styles at the full size."""
@@ -417,20 +477,31 @@ class Transfer:
                 return f"at {image.shape[3]} x {image.shape[2]} pixels {reason}"
         return ""
 
-    def _objective(self, target: Tensor, style: Style | None) -> Objective:
+    def _objective(self, target: Tensor, image: Tensor, style: Style | None, places: Mapping[str, Places]) -> Objective:
+        """For a content and for what has been made of it."""
+        import torch
+
         from harness import optimise as o
 
         ctx, s = self.ctx, self.settings
         absolute = s.form == "absolute"
+        own = maps_of(ctx.model, target, [*self.layers, self.content], s.pooling) if s.content_weight else {}
         objective = o.Objective(frozenset(), lambda _, x: 0 * x.sum((1, 2, 3)))  # a slope there is, even where nothing is weighed
         if s.content_weight:
-            features = features_of(ctx.model, target, self.content, s.pooling)
-            objective = objective - s.content_weight * o.content_error(self.content, features, "absolute" if absolute else "relative")
+            objective = objective - s.content_weight * o.content_error(
+                self.content, own[self.content], "absolute" if absolute else "relative"
+            )
         if style is not None:
             weights: Sequence[float] = s.layer_weights
             if s.content_weight and not absolute:
-                weights = self._eased(weights, style, target)
+                weights = self._eased(weights, style, own)
             objective = objective - self.plan.style_weight * style.error(weights)
+        if places:
+            now = maps_of(ctx.model, image, list(places), s.pooling)
+            wanted = {layer: o.nearest_places(features, places[layer]) for layer, features in now.items()}
+            # Of a style that is much fainter than the content nothing but the style would be left.
+            spreads = {n: torch.maximum(p.spread, o.spread(own[n])) if n in own else p.spread for n, p in places.items()}
+            objective = objective - self.plan.style_weight * (s.match_weight or 0) * o.match_error(wanted, spreads)
         if s.tv_weight:
             objective = objective - (s.tv_weight / target[0].numel() * 100) * o.total_variation()
         if s.dream:
@@ -440,17 +511,15 @@ class Transfer:
             objective = objective + (2 * s.dream / float(size)) * o.layer_norm(layer)
         return objective
 
-    def _eased(self, weights: Sequence[float], style: Style, content: Tensor) -> list[float]:
-        """The weights of errors that are shares, less where the content's own is above one: of a style that is much fainter than the
-        content nothing but the style would be left. By covariances that is so of most, as photographs have what paintings have not."""
-        import torch
-
+    def _eased(self, weights: Sequence[float], style: Style, own: Mapping[str, Tensor]) -> list[float]:
+        """The weights of errors that are shares, less where those of the content's own maps {layer: (1, C, H, W)} are above one: of a style
+        that is much fainter than the content nothing but the style would be left. By covariances that is so of most, as photographs have
+        what paintings have not."""
         from harness.device import full_precision
 
-        with torch.no_grad(), pooled(self.settings.pooling):
-            own = self.ctx.model.activations(content, self.layers)
-        with full_precision(content.device):
-            away = [float(style.error(only=n).score(own, content)) for n in self.layers]
+        some = next(iter(own.values()))
+        with full_precision(some.device):
+            away = [float(style.error(only=n).score(dict(own), some)) for n in self.layers]
         return [w / max(1.0, d) for w, d in zip(weights, away, strict=True)]
 
     def _errors(self, image: Tensor, picture: Tensor) -> tuple[float, float]:

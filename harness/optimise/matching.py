@@ -1,0 +1,205 @@
+"""Places of a picture made like places of a style: Markov random fields of features (Li & Wand 2016, arXiv:1601.04589)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..device import at_least_single, full_precision
+from .objectives import Objective, squared_distance
+
+MOST = 4096  # places of a style that are looked at
+AT_ONCE = 1024  # places of a picture that are compared with all of them
+
+
+class Places(NamedTuple):
+    """What a style's features are at one layer, place by place."""
+
+    features: Tensor  # (M, C)
+    surroundings: Tensor  # (M, 9 C), of length 1: features about their mean in windows of 3 x 3
+    spread: Tensor  # (1,), mean squared distance of the features from their mean
+
+
+def spread(features: Tensor) -> Tensor:
+    """(N,) mean squared distance of the features of maps (N, C, H, W) from their mean."""
+    with full_precision(features.device):
+        return at_least_single(features).var((2, 3), correction=0).sum(1)
+
+
+def places(features: Tensor, most: int = MOST) -> Places:
+    """Those of maps (1, C, H, W); of more than `most` places as many, evenly spread."""
+    with full_precision(features.device):
+        maps = at_least_single(features)
+        rows, around = maps[0].permute(1, 2, 0).flatten(0, 1), _surroundings(maps)
+        if len(rows) > most:
+            kept = torch.linspace(0, len(rows) - 1, max(1, most), device=rows.device).round().long()
+            rows, around = rows[kept], around[kept]
+        return Places(rows, around, spread(maps))
+
+
+def together(styles: Sequence[Places], shares: Sequence[float]) -> Places:
+    """The places of several styles, among which each finds its own; `spread` is their mean, weighted by `shares`."""
+    whole = torch.stack([share * style.spread for style, share in zip(styles, shares, strict=True)]).sum(0)
+    return Places(torch.cat([s.features for s in styles]), torch.cat([s.surroundings for s in styles]), whole)
+
+
+def nearest_places(features: Tensor, style: Places) -> Tensor:
+    """(N, C, H, W): for each place of maps (N, C, H, W) the style's features at the place whose surroundings are most like its own, by
+    the cosine of features about their means in windows of 3 x 3.
+
+    With the means of either taken away (Kolkin et al. 2022, arXiv:2203.13215, sec. 3) a picture finds its own places even where all of its
+    features are others than the style's. Cost: HW M 9 C multiplications."""
+    n, c, height, width = features.shape
+    with torch.no_grad(), full_precision(features.device):
+        maps = at_least_single(features)
+        found = torch.empty((n, height * width, c), device=maps.device, dtype=maps.dtype)
+        for picture, to in zip(maps, found, strict=True):
+            start = 0
+            for some in torch.split(_surroundings(picture[None]), AT_ONCE):
+                to[start : start + len(some)] = style.features[(some @ style.surroundings.T).argmax(1)]
+                start += len(some)
+    return found.view(n, height, width, c).permute(0, 3, 1, 2)
+
+
+def match_error(wanted: Mapping[str, Tensor], spreads: Mapping[str, Tensor]) -> Objective:
+    """sum_l ||F_l - T_l||^2 / (HW s_l) / L of L layers, T_l being what `nearest_places` found; with the style's spread as s_l about one
+    where everything has the style's mean, zero where every place is one of the style's. Subtract it.
+
+    wanted {layer: (N, C, H, W)}, spreads {layer: (1 or N,)}. Unlike statistics of whole pictures it says what there is at each place, so
+    that strokes and shapes are whole. It holds for one T, which is to be found anew from time to time.
+    """
+    factors = {n: 1 / (len(wanted) * f[0, 0].numel() * spreads[n].expand(len(f)).clamp_min(1e-20)) for n, f in wanted.items()}
+
+    def score(outputs: dict[str, Tensor], x: Tensor) -> Tensor:
+        found = x.new_zeros(len(x))
+        for name, features in wanted.items():
+            found = found + squared_distance(outputs[name], features, factors[name])
+        return found
+
+    return Objective(frozenset(wanted), score)
+
+
+def _surroundings(maps: Tensor) -> Tensor:
+    """(HW, 9 C) unit vectors of maps (1, C, H, W): features about their mean in windows of 3 x 3, the border's repeated beyond it."""
+    centred = maps - maps.mean((2, 3), keepdim=True)
+    return F.normalize(F.unfold(F.pad(centred, (1, 1, 1, 1), mode="replicate"), 3)[0].T, dim=1)
+
+
+# -- pixels ----------------------------------------------------------------------------------------------------------------
+
+PATCH, STEP = 6, 3  # pixels of a patch's side, and from one patch to the next
+KINDS = 8192  # patches of a style that are looked at
+DIRECTIONS = 32  # in which patches are compared, of those in which the style's differ most
+
+
+class Patches(NamedTuple):
+    """A style's patches of 6 x 6 pixels, each without its mean colour."""
+
+    values: Tensor  # (M, 36 C)
+    codes: Tensor  # (M, D) along `directions`
+    directions: Tensor  # (36 C, D)
+
+
+def patches(styles: Sequence[Tensor], shares: Sequence[float] = ()) -> Patches:
+    """Those of pictures (1, C, H, W), of each as many as its share of them allows, evenly spread."""
+    found = []
+    for image, share in zip(styles, shares or [1 / len(styles)] * len(styles), strict=True):
+        with full_precision(image.device):
+            height, width = image.shape[2:]
+            whole = F.pad(at_least_single(image), (0, max(0, PATCH - width), 0, max(0, PATCH - height)), mode="replicate")
+            every = F.unfold(whole, PATCH)[0].T
+            most = max(1, round(share * KINDS))
+            if len(every) > most:
+                every = every[torch.linspace(0, len(every) - 1, most, device=every.device).round().long()]
+            found.append(_apart(every, image.shape[1])[0])
+    values = torch.cat(found)
+    with full_precision(values.device):
+        products = values.T @ values
+        vectors = torch.linalg.eigh(products.cpu() if products.device.type == "mps" else products)[1].to(values.device)
+        directions = vectors[:, -DIRECTIONS:].contiguous()
+        return Patches(values, values @ directions, directions)
+
+
+def repainted(images: Tensor, style: Patches, share: float = 1.0) -> Tensor:
+    """(N, C, H, W) whose overlapping patches are the style's that are most like them, but for each one's mean colour; `share` of the way.
+
+    A step of texture optimisation (Kwatra et al. 2005, "Texture Optimization for Example-based Synthesis", SIGGRAPH): each patch takes the
+    nearest of the style, pixels are means of the patches over them, weighted by a window. What a network does not see or cannot tell from
+    strokes, ripples, grids and coloured fringes, is in no patch of the style and goes."""
+    c, height, width = images.shape[1:]
+    with torch.no_grad(), full_precision(images.device):
+        before = at_least_single(images)
+        around = F.pad(before, (PATCH,) * 4, mode="reflect" if min(height, width) > PATCH else "replicate")
+        pieces = F.unfold(around, PATCH, stride=STEP)  # (N, 36 C, L)
+        lengths = style.codes.square().sum(1)
+        window = torch.hann_window(PATCH + 2, periodic=False, device=before.device, dtype=before.dtype)[1:-1].square()
+        weights = torch.outer(window, window).flatten().repeat(c)
+        for picture in pieces:
+            for some in torch.split(picture, AT_ONCE, dim=1):
+                apart, mean = _apart(some.T, c)
+                nearest = torch.addmm(lengths, apart @ style.directions, style.codes.T, beta=-1, alpha=2).argmax(1)
+                found = style.values[nearest].view(len(mean), c, -1) + mean
+                some.copy_((found.flatten(1) * weights).T)
+        size = around.shape[2:]
+        total = F.fold(weights[None, :, None].expand(1, -1, pieces.shape[2]).contiguous(), size, PATCH, stride=STEP)
+        made = F.fold(pieces, size, PATCH, stride=STEP) / total.clamp_min(torch.finfo(total.dtype).tiny)
+        made = made[..., PATCH : PATCH + height, PATCH : PATCH + width]
+        return (before + share * (made - before)).to(images.dtype)
+
+
+BANDS = 24  # of spatial frequency, up to one that changes sign with each pixel
+COARSEST, MOST_GAIN = 3, 2.0  # bands that stay as they are, and how far amplitudes of others may rise
+
+
+def as_sharp_as(images: Tensor, styles: Sequence[Tensor], shares: Sequence[float] = ()) -> Tensor:
+    """Pictures (N, C, H, W) whose fine bands of spatial frequency have the power that they have in the styles (1, C, H, W), as far as that
+    takes no more than twice their amplitude; none gets less, and no band is raised less than a coarser one. Means of patches that lie over
+    one another are softer than any of them."""
+    with torch.no_grad():
+        before = at_least_single(images)
+        spectra = [
+            share * _power(at_least_single(style)) for style, share in zip(styles, shares or [1 / len(styles)] * len(styles), strict=True)
+        ]
+        gains = (torch.stack(spectra).sum(0) / _power(before).clamp_min(1e-12)).sqrt().clamp(1, MOST_GAIN)
+        gains[:, :COARSEST] = 1
+        gains = torch.cummax(gains, 1).values
+        height, width = before.shape[2:]
+        edge = min(32, height - 1, width - 1)  # mirrored, so that nothing comes round from the other side
+        around = F.pad(before, (edge,) * 4, mode="reflect")
+        size = around.shape[2:]
+        place = (2 * BANDS * _frequencies(size[0], size[1], before) - 0.5).clamp(0, BANDS - 1)
+        low = place.long()
+        share = place - low
+        gain = gains[:, low] * (1 - share) + gains[:, (low + 1).clamp(max=BANDS - 1)] * share  # (N, H, W // 2 + 1)
+        made = torch.fft.irfft2(torch.fft.rfft2(around) * gain[:, None], s=size)
+        return made[..., edge : edge + height, edge : edge + width].to(images.dtype)
+
+
+def _power(images: Tensor) -> Tensor:
+    """(N, BANDS) mean power of the mean of colours, windowed; none in bands that so small a picture has not."""
+    n, _, height, width = images.shape
+    window = torch.outer(
+        *(torch.hann_window(k + 2, periodic=False, device=images.device, dtype=images.dtype)[1:-1] for k in (height, width))
+    )
+    grey = images.mean(1)
+    power = torch.fft.rfft2((grey - grey.mean((1, 2), keepdim=True)) * window).abs().square() / window.square().sum()
+    band = (2 * BANDS * _frequencies(height, width, images)).long().clamp(max=BANDS - 1).flatten()
+    count = torch.zeros(BANDS, device=images.device, dtype=images.dtype).index_add_(0, band, torch.ones_like(power[0].flatten()))
+    return power.new_zeros((n, BANDS)).index_add_(1, band, power.flatten(1)) / count.clamp_min(1)
+
+
+def _frequencies(height: int, width: int, like: Tensor) -> Tensor:
+    """(H, W // 2 + 1) cycles a pixel."""
+    down = torch.fft.fftfreq(height, device=like.device, dtype=like.dtype)[:, None]
+    return (down.square() + torch.fft.rfftfreq(width, device=like.device, dtype=like.dtype).square()).sqrt()
+
+
+def _apart(patches: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """(M, 36 C) without the mean of each colour, and those means (M, C, 1)."""
+    values = patches.reshape(len(patches), channels, -1)
+    mean = values.mean(2, keepdim=True)
+    return (values - mean).flatten(1), mean

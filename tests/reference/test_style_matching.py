@@ -1,0 +1,350 @@
+"""Places of a picture made like places of a style: brute force, closed forms, effects, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harness import ConfigError
+from harness import optimise as o
+from harness.context import Context
+from harness.datasets import at_size
+from harness.optimise.matching import MOST_GAIN
+from harness.registry import load_registry
+from harness.testing import load_dataset, run_once
+from harness_style import StyleTransfer
+from harness_style.gram import maps_of, pooled, sparse, style_layers
+from harness_style.pictures import framed
+from harness_style.style_transfer import MATCHES, Plan, Transfer
+
+IHC, BRICK = "textures:ihc.png", "textures:brick.png"
+
+
+def maps(seed, n=1, c=4, height=5, width=6):
+    return torch.randn((n, c, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def windows(picture):
+    """{place: the features about their mean in a window of 3 x 3}, numbers beyond the border being the border's."""
+    f = picture.numpy()
+    f = f - f.mean((1, 2), keepdims=True)
+    c, height, width = f.shape
+    around = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    return {
+        (y, x): np.array([f[k, min(max(y + i, 0), height - 1), min(max(x + j, 0), width - 1)] for k in range(c) for i, j in around])
+        for y in range(height)
+        for x in range(width)
+    }
+
+
+def test_each_place_gets_the_features_of_the_one_whose_surroundings_are_most_like_its_own():
+    style, pictures = maps(0, height=7, width=4), maps(1, n=2)
+    found = o.nearest_places(pictures, o.places(style))
+    assert found.shape == pictures.shape
+    theirs = windows(style[0])
+    for picture, to in zip(pictures, found, strict=True):
+        for (y, x), own in windows(picture).items():
+            like = {place: own @ w / math.sqrt((own @ own) * (w @ w)) for place, w in theirs.items()}
+            row, column = max(like, key=lambda place: like[place])
+            assert torch.equal(to[:, y, x], style[0, :, row, column])
+
+
+def test_a_style_finds_itself_and_neither_brightness_nor_contrast_matters():
+    style = maps(0)
+    places = o.places(style)
+    assert torch.equal(o.nearest_places(style, places), style)
+    assert torch.equal(o.nearest_places(0.3 * style + 5, places), style)
+    assert not torch.equal(o.nearest_places(style.flip(3), places), style)
+
+
+def test_the_error_and_its_slope_are_those_written_out():
+    found = {"a": maps(1, n=2), "b": maps(2, n=2, c=3)}
+    styles = {name: o.places(maps(seed, c=f.shape[1], height=8)) for seed, (name, f) in zip((3, 4), found.items(), strict=True)}
+    wanted = {name: o.nearest_places(f, styles[name]) for name, f in found.items()}
+    share = torch.tensor([1.0, -3.0], dtype=torch.float64)
+
+    def written_out(leaves):
+        total = 0
+        for seed, (name, f) in zip((3, 4), leaves.items(), strict=True):
+            flat = maps(seed, c=f.shape[1], height=8)[0].flatten(1)
+            spread = float(np.trace(np.cov(flat.numpy(), bias=True)))
+            total = total + (f - wanted[name]).square().sum((1, 2, 3)) / (30 * spread)
+        return total / 2
+
+    values, slopes = [], []
+    ours = o.match_error(wanted, {name: p.spread for name, p in styles.items()})
+    for score in (lambda leaves: ours.score(leaves, leaves["a"]), written_out):
+        leaves = {name: f.clone().requires_grad_() for name, f in found.items()}
+        values.append(score(leaves))
+        slopes.append(torch.autograd.grad((share * values[-1]).sum(), list(leaves.values())))
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*slopes)
+    assert ours.score(wanted, wanted["a"]).abs().max() == 0
+
+
+def test_the_mean_of_a_style_is_one_away():
+    style = maps(0)
+    mean = style.mean((2, 3), keepdim=True).expand_as(style)
+    assert float(o.match_error({"a": style}, {"a": o.spread(style)}).score({"a": mean}, mean)) == pytest.approx(1)
+
+
+def test_of_many_places_some_are_kept_evenly():
+    style = maps(0, height=20, width=30)
+    rows = style[0].flatten(1).T
+    every = o.places(style)
+    assert torch.equal(every.features, rows)
+    few = o.places(style, most=7)
+    kept = [round(i * 599 / 6) for i in range(7)]
+    assert torch.equal(few.features, rows[kept])
+    assert torch.equal(few.surroundings, every.surroundings[kept])
+    assert few.spread == every.spread  # of all
+
+
+def test_several_styles_are_searched_together():
+    one, two = maps(0), maps(1) * 3
+    both = o.together([o.places(one), o.places(two)], [0.25, 0.75])
+    assert torch.equal(o.nearest_places(one, both), one)
+    assert torch.equal(o.nearest_places(two, both), two)
+    assert float(both.spread) == pytest.approx(0.25 * float(o.places(one).spread) + 0.75 * float(o.places(two).spread))
+
+
+@pytest.mark.parametrize("value", [0.0, 123.4])
+def test_of_a_style_of_one_colour_errors_stay_numbers(value):
+    style, x = torch.full((1, 4, 5, 6), value), maps(1).float().requires_grad_()
+    places = o.places(style)
+    error = o.match_error({"a": o.nearest_places(x, places)}, {"a": places.spread}).score({"a": x}, x)
+    (slope,) = torch.autograd.grad(error.sum(), x)
+    assert torch.isfinite(error).all()
+    assert torch.isfinite(slope).all()
+
+
+# -- in style_transfer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photo(registry):
+    data = load_dataset("photos", registry)
+    return data.select(indices=[data.ids.index("chelsea.png")])
+
+
+def context(model, data):
+    return Context(model, ids=data.ids, dataset=data, technique="style_transfer", registry=load_registry())
+
+
+def quick(**more):
+    return StyleTransfer(**{"style": (IHC,), "steps": 30, "size": 128, "coarse": 0, "shifts": 1, **more})
+
+
+def made(result):
+    return next(a for a in result.artifacts if a.name == "transfer-1").data[-1]
+
+
+def first(result):
+    return next(a for a in result.artifacts if a.name == "objective").lines["result"][0]
+
+
+def test_layers_with_strides_of_eight_and_more_are_compared(squeezenet, digits_cnn, photo):
+    ctx = context(squeezenet, photo)
+    squeezed = [f"features.{i}.squeeze_activation" for i in (6, 7, 10)]
+    assert sparse(ctx, style_layers(ctx, ())) == squeezed
+    assert sparse(ctx, ["features.0", "features.2"]) == ["features.2"]  # none has so few: the last
+
+
+def test_patches_bring_places_like_the_style_s(squeezenet, photo):
+    """What is left is measured on the finished picture, with matches found anew."""
+    ctx = context(squeezenet, photo)
+    layers = style_layers(ctx, ())
+    transfer = Transfer(ctx, quick(), layers, layers[0], [ctx.named_picture(IHC)], Plan("a", 1.0, 1.0), "a")
+    places = transfer.style_places(128)
+    left = {}
+    for weight in (0.0, 0.5, 5.0):
+        image = torch.as_tensor(made(run_once(quick(match_weight=weight, strokes=0.0), squeezenet, photo)))[None]
+        found = maps_of(squeezenet, image, list(places), "average")
+        wanted = {name: o.nearest_places(f, places[name]) for name, f in found.items()}
+        left[weight] = float(o.match_error(wanted, {n: p.spread for n, p in places.items()}).score(found, image))
+    assert left[5.0] < left[0.5] < 0.9 * left[0.0]
+
+
+@pytest.mark.parametrize(("name", "fainter"), [(IHC, False), (BRICK, True)])
+def test_the_objective_has_them_by_their_weight(name, fainter, squeezenet, photo):
+    """As shares of the style's spread, or of the content's, if that is larger."""
+    ctx = context(squeezenet, photo)
+    layers = style_layers(ctx, ())
+    more = {"style": (name,), "palette": 0.0, "steps": 1, "style_weight": (3.0,)}
+    with_them, without = (first(run_once(quick(match_weight=w, **more), squeezenet, photo)) for w in (0.5, 0.0))
+    style, picture = (
+        torch.from_numpy(at_size(p, 128, 3)).permute(2, 0, 1)[None].float() / 255 for p in (ctx.named_picture(name), photo.get(0))
+    )
+    picture = framed(picture, 0)
+    with torch.no_grad(), pooled("average"):
+        theirs, own = (squeezenet.activations(x, layers[2:]) for x in (style, picture))
+    places = {name: o.places(f) for name, f in theirs.items()}
+    sizes = {name: o.spread(own[name]) if fainter else p.spread for name, p in places.items()}
+    assert all(bool(o.spread(own[name]) > p.spread) is fainter for name, p in places.items())
+    error = o.match_error({name: o.nearest_places(f, places[name]) for name, f in own.items()}, sizes).score(own, picture)
+    assert with_them - without == pytest.approx(3.0 * 0.5 * float(error), rel=1e-3)
+
+
+def test_without_a_weight_covariances_have_patches_and_gram_matrices_have_none(squeezenet, photo):
+    def at_once(**more):
+        return made(run_once(quick(steps=3, size=64, **more), squeezenet, photo))
+
+    assert np.array_equal(at_once(), at_once(match_weight=MATCHES))
+    assert np.array_equal(at_once(form="relative"), at_once(form="relative", match_weight=0.0))
+    assert not np.array_equal(at_once(), at_once(match_weight=0.0))
+    assert not np.array_equal(at_once(form="relative"), at_once(form="relative", match_weight=1.0))
+
+
+def test_styles_count_by_their_shares(squeezenet, photo):
+    ctx = context(squeezenet, photo)
+    layers = style_layers(ctx, ())
+    pictures = [ctx.named_picture(n) for n in (IHC, BRICK)]
+
+    def places(styles, blend=()):
+        settings = quick(style=(IHC, BRICK)[: len(styles)], blend=blend)
+        return Transfer(ctx, settings, layers, layers[0], styles, Plan("a", 1.0, 1.0), "a").style_places(768)[layers[2]]
+
+    alone = places(pictures[:1])
+    assert torch.equal(places(pictures, (1.0, 0.0)).features, alone.features)
+    assert len(alone.features) == 4096
+    mixed = places(pictures, (3.0, 1.0))
+    assert len(mixed.features) == 4096
+    assert set(map(tuple, mixed.features[:3072].tolist())) <= set(
+        map(
+            tuple,
+            o.places(
+                maps_of(
+                    squeezenet, torch.from_numpy(at_size(pictures[0], 768, 3)).permute(2, 0, 1)[None].float() / 255, layers[2:3], "average"
+                )[layers[2]],
+                10**6,
+            ).features.tolist(),
+        )
+    )
+
+
+def test_a_style_without_places_to_compare_is_told_and_tiny_ones_work(squeezenet, photo, tmp_path):
+    Image.new("RGB", (60, 60), (10, 200, 30)).save(tmp_path / "flat.png")
+    assert np.isfinite(made(run_once(quick(style=(str(tmp_path / "flat.png"),), steps=3, match_weight=1.0), squeezenet, photo))).all()
+    with pytest.raises(ConfigError, match="match_weight"):
+        StyleTransfer.build({"match_weight": -1})
+
+
+# -- patches of pixels -----------------------------------------------------------------------------------------------------
+
+
+def picture(seed, height=20, width=26, c=3):
+    return torch.rand((1, c, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def repainted_slowly(image, style):
+    """Every third patch of 6 x 6, its borders mirrored; compared in all 36 C dimensions."""
+    _, height, width = image.shape
+    around = np.pad(image.numpy(), ((0, 0), (6, 6), (6, 6)), mode="reflect")
+    window = np.outer(*[0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1, 7) / 7)] * 2) ** 2
+    theirs = [style.numpy()[:, i : i + 6, j : j + 6] for i in range(style.shape[1] - 5) for j in range(style.shape[2] - 5)]
+    theirs = [t - t.mean((1, 2), keepdims=True) for t in theirs]
+    total, weight = np.zeros_like(around), np.zeros_like(around)
+    for i in range(0, height + 7, 3):
+        for j in range(0, width + 7, 3):
+            own = around[:, i : i + 6, j : j + 6]
+            mean = own.mean((1, 2), keepdims=True)
+            best = min(theirs, key=lambda t: np.square(own - mean - t).sum())
+            total[:, i : i + 6, j : j + 6] += (best + mean) * window
+            weight[:, i : i + 6, j : j + 6] += window
+    return (total / np.maximum(weight, 1e-300))[:, 6:-6, 6:-6]
+
+
+@pytest.mark.parametrize("c", [1, 3])
+def test_patches_become_the_nearest_of_the_style(c, monkeypatch):
+    monkeypatch.setattr("harness.optimise.matching.DIRECTIONS", 36 * c)  # none left out
+    style, images = picture(0, 12, 13, c), torch.cat([picture(1, c=c), picture(2, c=c)])
+    found = o.repainted(images, o.patches([style]))
+    for image, to in zip(images, found, strict=True):
+        assert np.allclose(to, repainted_slowly(image, style[0]), atol=1e-9)
+    half = o.repainted(images, o.patches([style]), 0.5)
+    torch.testing.assert_close(half, (images + found) / 2)
+    assert torch.equal(o.repainted(images, o.patches([style]), 0.0), images)
+
+
+def test_a_style_is_repainted_as_itself_and_noise_on_it_goes(monkeypatch):
+    smooth = torch.nn.functional.interpolate(picture(0, 9, 9), (48, 48), mode="bicubic").clamp(0, 1)
+    style = o.patches([smooth])
+    inside = (..., slice(6, -6), slice(6, -6))  # mirrored borders are in no patch of the style
+    torch.testing.assert_close(o.repainted(smooth, style)[inside], smooth[inside], rtol=0, atol=1e-3)
+    noisy = (smooth + 0.05 * (picture(1, 48, 48) - 0.5) * 2).clamp(0, 1)
+    before, after = (float((x[inside] - smooth[inside]).square().mean()) for x in (noisy, o.repainted(noisy, style)))
+    assert after < 0.3 * before
+
+
+def test_a_ripple_that_no_patch_of_the_style_has_goes_and_brightness_stays():
+    style = torch.full((1, 3, 30, 30), 0.2, dtype=torch.float64)
+    style[..., 15:] = 0.8
+    x = torch.linspace(0.2, 0.8, 40, dtype=torch.float64).expand(1, 3, 40, 40)
+    ripple = x + 0.05 * (-1.0) ** torch.arange(40)[:, None]
+    after = o.repainted(ripple, o.patches([style]))[..., 6:-6, 6:-6]
+    assert float((after[..., 1:, :] - after[..., :-1, :]).abs().max()) < 1e-6
+    assert float((after.mean((1, 2)) - x[..., 6:-6, 6:-6].mean((1, 2))).abs().max()) < 0.05
+
+
+def test_of_several_styles_each_has_its_share_of_patches_and_small_ones_serve():
+    found = o.patches([picture(0, 120, 120), picture(1, 120, 120)], [0.75, 0.25])
+    assert len(found.values) == 8192
+    assert found.codes.shape == (8192, 32)
+    assert len(o.patches([picture(0, 3, 4)]).values) == 1
+    tiny = o.repainted(picture(0, 3, 4), o.patches([picture(1, 2, 9)]))
+    assert tiny.shape == (1, 3, 3, 4)
+    assert torch.isfinite(tiny).all()
+
+
+def test_lower_precision_is_kept(monkeypatch):
+    half = picture(0).bfloat16()
+    assert o.repainted(half, o.patches([half])).dtype == torch.bfloat16
+
+
+def ripples(amplitude, frequency, size=128):
+    """(1, 3, H, W) of grey columns."""
+    wave = torch.sin(2 * np.pi * frequency * torch.arange(size, dtype=torch.float64))
+    return (0.5 + amplitude * wave).expand(1, 3, size, size)
+
+
+@pytest.mark.parametrize(("frequency", "theirs", "wanted"), [(0.25, 1.3, 1.3), (0.25, 5.0, MOST_GAIN), (0.25, 0.5, 1.0), (0.03, 1.3, 1.0)])
+def test_fine_bands_rise_to_the_power_of_the_style_within_bounds(frequency, theirs, wanted):
+    found = o.as_sharp_as(ripples(0.1, frequency), [ripples(0.1 * theirs, frequency)])
+    inside = (..., slice(16, -16), slice(16, -16))
+    torch.testing.assert_close(found[inside], ripples(0.1 * wanted, frequency)[inside], rtol=0, atol=2e-3)
+
+
+def test_finer_bands_rise_no_less_than_coarser_ones_and_styles_count_by_their_shares():
+    noise = torch.fft.rfft2(torch.randn((1, 3, 128, 128), generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 10)
+    rate = (torch.fft.fftfreq(128)[:, None] ** 2 + torch.fft.rfftfreq(128) ** 2).sqrt()
+    coarse, fine = (torch.fft.irfft2(noise * mask, s=(128, 128)) for mask in ((rate > 0.08) & (rate < 0.28), rate > 0.28))
+    found = o.as_sharp_as(coarse + fine, [1.3 * coarse + 0.5 * fine])[..., 16:-16, 16:-16]
+    torch.testing.assert_close(found, 1.3 * (coarse + fine)[..., 16:-16, 16:-16], rtol=0, atol=0.02)
+    mixed = o.as_sharp_as(ripples(0.1, 0.25), [ripples(0.14, 0.25), ripples(0.1, 0.25)], [0.25, 0.75])[..., 16:-16, 16:-16]
+    wanted = math.sqrt(0.25 * 1.4**2 + 0.75)
+    torch.testing.assert_close(mixed, ripples(0.1 * wanted, 0.25)[..., 16:-16, 16:-16], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 4), (20, 7)])
+def test_of_flat_styles_and_tiny_pictures_pictures_stay_as_they_are(size):
+    image = picture(0, *size).float()
+    torch.testing.assert_close(o.as_sharp_as(image, [torch.full((1, 3, 9, 9), 0.3)]), image)
+    assert torch.isfinite(o.as_sharp_as(image, [picture(1, 30, 40).float()])).all()
+
+
+def test_the_picture_is_repainted_at_the_end_and_at_every_part_of_smaller_sizes(squeezenet, photo, monkeypatch):
+    seen = []
+    real = o.repainted
+    monkeypatch.setattr(o, "repainted", lambda x, style, share: seen.append(real(x, style, share)) or seen[-1])
+    result = run_once(quick(steps=20, shifts=2, coarse=1), squeezenet, photo)
+    assert [tuple(x.shape[2:]) for x in seen] == [(42, 64), (42, 64), (85, 128)]
+    style = at_size(context(squeezenet, photo).named_picture(IHC), 128, 3)
+    sharp = o.as_sharp_as(seen[-1].clamp(0, 1), [torch.from_numpy(style).permute(2, 0, 1)[None].float() / 255]).clamp(0, 1)
+    assert np.abs(made(result) - sharp[0].numpy()).max() < 0.6 / 255
+    assert float((sharp - seen[-1]).abs().max()) > 0.02
+    steps = next(a for a in result.artifacts if a.name == "progress-1").data
+    assert np.array_equal(steps[-1], made(result))
