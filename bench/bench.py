@@ -513,7 +513,7 @@ def adversarial(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]
 
 def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     """A step of style transfer (content, five style layers, matches of single places) against one forward and backward pass to the deepest
-    layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of the technique's own size."""
+    layer, and against a plain loop with torch's L-BFGS and the same losses. One picture of 512 x 384."""
     from harness import optimise as o
     from harness_style.gram import Style, content_layer, descent, falling, features_of, maps_of, moments_of, pooled, sparse, style_layers
 
@@ -533,7 +533,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
                 torch.autograd.grad(model.activations(leaf, [layers[-1]])[layers[-1]].sum(), leaf)
 
     whole, papers = (-o.content_error(content, features) - 25 * Style(targets, form).error(weights) for form in ("covariance", "relative"))
-    places = {name: o.places(found) for name, found in maps_of(model, images.flip(3), sparse(ctx, layers), "average").items()}
+    places = {name: o.feature_places([found]) for name, found in maps_of(model, images.flip(3), sparse(ctx, layers), "average").items()}
 
     def own() -> o.Objective:
         """With places found anew, as in each part."""

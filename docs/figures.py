@@ -204,7 +204,7 @@ def style(registry: Registry) -> None:
     rows = sheets(NeuralTexture(depths=4), some(textures, "brick.png", "gravel.png", "ihc.png"), "texture")
     save(colour.sheet([colour.picture(p) for sheet in rows for p in sheet], 5, 4), "network_textures.jpg")
     three = some(photos, "chelsea.png", "coffee.png", "rocket.jpg")
-    columns = [sheets(StyleTransfer(style=(f"textures:{n}.png",)), three, "transfer") for n in ("ihc", "brick")]
+    columns = [sheets(StyleTransfer(style=(f"textures:{n}.png",), size=512), three, "transfer") for n in ("ihc", "brick")]
     lines = [beside([colour.picture(p) for p in (one[0], one[-1], two[-1])], 4) for one, two in zip(*columns, strict=True)]
     save(np.concatenate(lines), "transferred.jpg")
     two, transfer = some(photos, "chelsea.png", "rocket.jpg"), StyleTransfer(size=400, steps=100)

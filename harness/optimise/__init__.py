@@ -21,7 +21,7 @@ A score that is not finite ends the work on that picture: its last good state is
 
 from .conditioners import NATURAL_COLOURS, ClipSmallGradients, Colours, Conditioner, LowFrequencies, NaturalColours
 from .loop import Ascent, State, ascend, join, stepped
-from .matching import Patches, Places, as_sharp_as, match_error, nearest_places, patches, places, repainted, spread, together
+from .matching import Patches, Places, as_sharp_as, feature_places, match_error, nearest_places, pixel_patches, repainted
 from .objectives import (
     Objective,
     alpha_norm,
@@ -94,6 +94,7 @@ __all__ = [
     "covariances",
     "evaluate",
     "feature_error",
+    "feature_places",
     "gaussian_blur",
     "gram",
     "guide_match",
@@ -102,14 +103,11 @@ __all__ = [
     "match_error",
     "moments",
     "nearest_places",
-    "patches",
-    "places",
+    "pixel_patches",
     "positions",
     "repainted",
-    "spread",
     "squared_norm",
     "stepped",
     "style_error",
-    "together",
     "total_variation",
 ]

@@ -13,6 +13,7 @@ from ..device import at_least_single, full_precision
 from .objectives import Objective, squared_distance
 
 MOST = 4096  # places of a style that are looked at
+FEATURE_DIRECTIONS = 64  # in which surroundings are compared, of those in which the style's are largest
 AT_ONCE = 1024  # places of a picture that are compared with all of them
 
 
@@ -20,7 +21,8 @@ class Places(NamedTuple):
     """What a style's features are at one layer, place by place."""
 
     features: Tensor  # (M, C)
-    surroundings: Tensor  # (M, 9 C), of length 1: features about their mean in windows of 3 x 3
+    surroundings: Tensor  # (M, D) along `directions`: features about their mean in windows of 3 x 3, 9 C numbers of length 1
+    directions: Tensor  # (9 C, D)
     spread: Tensor  # (1,), mean squared distance of the features from their mean
 
 
@@ -30,21 +32,36 @@ def spread(features: Tensor) -> Tensor:
         return at_least_single(features).var((2, 3), correction=0).sum(1)
 
 
-def places(features: Tensor, most: int = MOST) -> Places:
-    """Those of maps (1, C, H, W); of more than `most` places as many, evenly spread."""
-    with full_precision(features.device):
-        maps = at_least_single(features)
-        rows, around = maps[0].permute(1, 2, 0).flatten(0, 1), _surroundings(maps)
-        if len(rows) > most:
-            kept = torch.linspace(0, len(rows) - 1, max(1, most), device=rows.device).round().long()
-            rows, around = rows[kept], around[kept]
-        return Places(rows, around, spread(maps))
+def feature_places(styles: Sequence[Tensor], shares: Sequence[float] = ()) -> Places:
+    """Those of styles' maps (1, C, H, W), evenly spread, `MOST` at most; of each as large a part of all as its share of a sum of 1, which
+    weighs its spread, too."""
+    shares = shares or [1 / len(styles)] * len(styles)
+    most = min(float(MOST), *(maps[0, 0].numel() / share for maps, share in zip(styles, shares, strict=True)))
+    features, surroundings = [], []
+    with full_precision(styles[0].device):
+        for given, share in zip(styles, shares, strict=True):
+            maps = at_least_single(given)
+            kept = _evenly(maps[0, 0].numel(), max(1, round(share * most)), maps.device)
+            features.append(maps[0].permute(1, 2, 0).flatten(0, 1)[kept])
+            surroundings.append(_surroundings(maps)[kept])
+        whole = torch.cat(surroundings)
+        directions = _principal(whole, FEATURE_DIRECTIONS)
+        size = torch.stack([share * spread(maps) for maps, share in zip(styles, shares, strict=True)]).sum(0)
+        return Places(torch.cat(features), whole @ directions, directions, size)
 
 
-def together(styles: Sequence[Places], shares: Sequence[float]) -> Places:
-    """The places of several styles, among which each finds its own; `spread` is their mean, weighted by `shares`."""
-    whole = torch.stack([share * style.spread for style, share in zip(styles, shares, strict=True)]).sum(0)
-    return Places(torch.cat([s.features for s in styles]), torch.cat([s.surroundings for s in styles]), whole)
+def _principal(values: Tensor, most: int) -> Tensor:
+    """(D, min(D, most)) orthogonal directions in which values (M, D), not centred, are largest. Of what is not finite any."""
+    products = values.T @ values
+    products = torch.where(torch.isfinite(products).all(), products, torch.eye(len(products), device=values.device, dtype=values.dtype))
+    vectors = torch.linalg.eigh(products.cpu() if products.device.type == "mps" else products)[1].to(values.device)
+    return vectors[:, -most:].contiguous()
+
+
+def _evenly(count: int, most: int, device: torch.device) -> Tensor:
+    """(min(count, most),) of `count` numbers from the first to the last."""
+    few = min(count, most)
+    return torch.arange(few, device=device) * (count - 1) // max(1, few - 1)
 
 
 def nearest_places(features: Tensor, style: Places) -> Tensor:
@@ -52,15 +69,16 @@ def nearest_places(features: Tensor, style: Places) -> Tensor:
     the cosine of features about their means in windows of 3 x 3.
 
     With the means of either taken away (Kolkin et al. 2022, arXiv:2203.13215, sec. 3) a picture finds its own places even where all of its
-    features are others than the style's. Cost: HW M 9 C multiplications."""
+    features are others than the style's. Windows are compared along the directions in which
+    the style's differ most. Cost: HW (M + 9 C) 64 multiplications."""
     n, c, height, width = features.shape
     with torch.no_grad(), full_precision(features.device):
         maps = at_least_single(features)
         found = torch.empty((n, height * width, c), device=maps.device, dtype=maps.dtype)
         for picture, to in zip(maps, found, strict=True):
             start = 0
-            for some in torch.split(_surroundings(picture[None]), AT_ONCE):
-                to[start : start + len(some)] = style.features[(some @ style.surroundings.T).argmax(1)]
+            for some in torch.split(_surroundings(picture[None]) @ style.directions, AT_ONCE):
+                to[start : start + len(some)] = style.features[_largest(some @ style.surroundings.T)]
                 start += len(some)
     return found.view(n, height, width, c).permute(0, 3, 1, 2)
 
@@ -81,6 +99,11 @@ def match_error(wanted: Mapping[str, Tensor], spreads: Mapping[str, Tensor]) -> 
         return found
 
     return Objective(frozenset(wanted), score)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """(P,) where each row is largest. On a CPU torch's own search takes several times as long as numpy's."""
+    return torch.from_numpy(rows.numpy().argmax(1)) if rows.device.type == "cpu" else rows.argmax(1)
 
 
 def _surroundings(maps: Tensor) -> Tensor:
@@ -104,28 +127,28 @@ class Patches(NamedTuple):
     directions: Tensor  # (36 C, D)
 
 
-def patches(styles: Sequence[Tensor], shares: Sequence[float] = ()) -> Patches:
-    """Those of pictures (1, C, H, W), of each as many as its share of them allows, evenly spread."""
+def pixel_patches(styles: Sequence[Tensor], shares: Sequence[float] = ()) -> Patches:
+    """Those of pictures (1, C, H, W), evenly spread, `KINDS` at most; of each as large a part of all as its share of a sum of 1."""
+    views = []
+    for image in styles:
+        height, width = image.shape[2:]
+        whole = F.pad(at_least_single(image), (0, max(0, PATCH - width), 0, max(0, PATCH - height)), mode="replicate")
+        views.append(whole[0].unfold(1, PATCH, 1).unfold(2, PATCH, 1))  # (C, H - 5, W - 5, 6, 6), no copy
+    shares = shares or [1 / len(styles)] * len(styles)
+    most = min(float(KINDS), *(view[0, ..., 0, 0].numel() / share for view, share in zip(views, shares, strict=True)))
     found = []
-    for image, share in zip(styles, shares or [1 / len(styles)] * len(styles), strict=True):
-        with full_precision(image.device):
-            height, width = image.shape[2:]
-            whole = F.pad(at_least_single(image), (0, max(0, PATCH - width), 0, max(0, PATCH - height)), mode="replicate")
-            every = F.unfold(whole, PATCH)[0].T
-            most = max(1, round(share * KINDS))
-            if len(every) > most:
-                every = every[torch.linspace(0, len(every) - 1, most, device=every.device).round().long()]
-            found.append(_apart(every, image.shape[1])[0])
+    for view, share in zip(views, shares, strict=True):
+        kept = _evenly(view[0, ..., 0, 0].numel(), max(1, round(share * most)), view.device)
+        some = view[:, kept // view.shape[2], kept % view.shape[2]]  # (C, M, 6, 6)
+        found.append(_apart(some.transpose(0, 1).flatten(1), view.shape[0])[0])
     values = torch.cat(found)
     with full_precision(values.device):
-        products = values.T @ values
-        vectors = torch.linalg.eigh(products.cpu() if products.device.type == "mps" else products)[1].to(values.device)
-        directions = vectors[:, -DIRECTIONS:].contiguous()
+        directions = _principal(values, DIRECTIONS)
         return Patches(values, values @ directions, directions)
 
 
-def repainted(images: Tensor, style: Patches, share: float = 1.0) -> Tensor:
-    """(N, C, H, W) whose overlapping patches are the style's that are most like them, but for each one's mean colour; `share` of the way.
+def repainted(images: Tensor, brush: Patches, amount: float = 1.0) -> Tensor:
+    """(N, C, H, W) whose overlapping patches are the style's that are most like them, but for each one's mean colour; `amount` of the way.
 
     A step of texture optimisation (Kwatra et al. 2005, "Texture Optimization for Example-based Synthesis", SIGGRAPH): each patch takes the
     nearest of the style, pixels are means of the patches over them, weighted by a window. What a network does not see or cannot tell from
@@ -135,20 +158,20 @@ def repainted(images: Tensor, style: Patches, share: float = 1.0) -> Tensor:
         before = at_least_single(images)
         around = F.pad(before, (PATCH,) * 4, mode="reflect" if min(height, width) > PATCH else "replicate")
         pieces = F.unfold(around, PATCH, stride=STEP)  # (N, 36 C, L)
-        lengths = style.codes.square().sum(1)
+        lengths = brush.codes.square().sum(1)
         window = torch.hann_window(PATCH + 2, periodic=False, device=before.device, dtype=before.dtype)[1:-1].square()
         weights = torch.outer(window, window).flatten().repeat(c)
         for picture in pieces:
             for some in torch.split(picture, AT_ONCE, dim=1):
                 apart, mean = _apart(some.T, c)
-                nearest = torch.addmm(lengths, apart @ style.directions, style.codes.T, beta=-1, alpha=2).argmax(1)
-                found = style.values[nearest].view(len(mean), c, -1) + mean
+                nearest = _largest(torch.addmm(lengths, apart @ brush.directions, brush.codes.T, beta=-1, alpha=2))
+                found = brush.values[nearest].view(len(mean), c, -1) + mean
                 some.copy_((found.flatten(1) * weights).T)
         size = around.shape[2:]
         total = F.fold(weights[None, :, None].expand(1, -1, pieces.shape[2]).contiguous(), size, PATCH, stride=STEP)
         made = F.fold(pieces, size, PATCH, stride=STEP) / total.clamp_min(torch.finfo(total.dtype).tiny)
         made = made[..., PATCH : PATCH + height, PATCH : PATCH + width]
-        return (before + share * (made - before)).to(images.dtype)
+        return (before + amount * (made - before)).to(images.dtype)
 
 
 BANDS = 24  # of spatial frequency, up to one that changes sign with each pixel
@@ -164,9 +187,12 @@ def as_sharp_as(images: Tensor, styles: Sequence[Tensor], shares: Sequence[float
         spectra = [
             share * _power(at_least_single(style)) for style, share in zip(styles, shares or [1 / len(styles)] * len(styles), strict=True)
         ]
-        gains = (torch.stack(spectra).sum(0) / _power(before).clamp_min(1e-12)).sqrt().clamp(1, MOST_GAIN)
+        own = _power(before)
+        gains = (torch.stack(spectra).sum(0) / own.clamp_min(1e-12)).sqrt().clamp(1, MOST_GAIN)
+        gains = torch.where(own > 1e-12, gains, torch.ones_like(gains))  # small pictures lack some bands
         gains[:, :COARSEST] = 1
-        gains = torch.cummax(gains, 1).values
+        upward = torch.ones((BANDS, BANDS), device=gains.device, dtype=gains.dtype).tril()
+        gains = (gains[:, None] * upward).amax(2)  # of a band and all coarser ones
         height, width = before.shape[2:]
         edge = min(32, height - 1, width - 1)  # mirrored, so that nothing comes round from the other side
         around = F.pad(before, (edge,) * 4, mode="reflect")

@@ -87,7 +87,7 @@ class StyleTransfer(Technique):
     red. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on
     one by one and whole: memory grows with their size, as the statistics of all positions are needed at once. Cost: one forward and one
     backward pass to the deepest layer a step, of the picture with a frame of some pixels; three forward passes a part, and the comparison
-    with up to 4096 places of the style; at the end one with 8192 patches.
+    with up to 4096 places of the style; one with 8192 patches at the end, and in each part at smaller sizes.
     """
 
     name = "style_transfer"
@@ -99,7 +99,8 @@ class StyleTransfer(Technique):
     reading = (
         "The first picture is the content, the second the style. The table says how far features are from those of the content and Gram "
         "matrices, whatever `form` is, from those of the style, as shares of them, each in the colours in which it is matched: one falls "
-        "as the other rises. The objective jumps where the picture is moved against the network's strides, or grows."
+        "as the other rises. The objective jumps where the picture is moved against the network's strides, is painted over or grows, and "
+        "where its places are matched anew."
     )
     caveats = "Whether a picture is good no number here tells: look. Networks other than VGG give other, often flatter, styles."
 
@@ -122,14 +123,17 @@ class StyleTransfer(Technique):
     match_weight: float | None = Param(
         None,
         ge=0,
-        description=f"delta: how much the matches of single places count, as a share of beta; none: {MATCHES:.2g}, with Gram matrices 0",
+        description="delta: how much single places count beside statistics, as a share of beta, at style layers with strides of eight and "
+        f"more; more of it paints more of the style's things, also over the subject. For errors that are shares; none: {MATCHES:.2g}, with "
+        "Gram matrices 0",
     )
     strokes: float | None = Param(
         None,
         ge=0,
         le=1,
-        description="how far patches of 6 x 6 pixels become those of the style that are most like them, and as sharp; none: 1, with Gram "
-        "matrices 0",
+        description="how far, whatever the weights are, patches of 6 x 6 pixels become those of the style that are most like them: at the "
+        "end, where the picture then becomes as sharp as the style, and between the parts at smaller sizes; it paints over what is dreamt. "
+        "0: not at all; none: 1, with Gram matrices 0",
     )
     tv_weight: float = Param(0.0, ge=0, description="gamma, to smooth; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
@@ -162,7 +166,7 @@ class StyleTransfer(Technique):
     natural_colours: float = Param(
         1.0, ge=0, le=1, description="how far steps follow the colours of natural pictures, against coloured fringes"
     )
-    size: int = Param(512, ge=8, le=8192, description="longer side of the pictures")
+    size: int = Param(768, ge=8, le=8192, description="longer side of the pictures")
     colours: Literal["style", "content"] = Param("style", description="content: the picture keeps its own colours, which the styles take")
     dream: float = Param(0.0, ge=0, description="weight of a layer's squared norm, which makes it dream on top")
     dream_layer: str = Param("", description="the layer that dreams; none: the content's")
@@ -348,7 +352,7 @@ class Transfer:
                 start = framed(image, number)
                 part = self._descend(self._objective(framed(small, number), start, style, places), start, steps, draws)
                 image = unframed(part.images, number).clamp(0, 1)
-                last = number == len(parts) - 1
+                last = number == len(parts) - 1 or bool(part.stopped)
                 if brush is not None and (last or (tall, wide) != (height, width)):
                     image = o.repainted(image, brush, s.strokes or 0).clamp(0, 1)
                 if brush is not None and last and (tall, wide) == (height, width):
@@ -429,16 +433,15 @@ class Transfer:
 
     def style_places(self, side: int) -> dict[str, Places]:
         """What the styles have at layers that see shapes, of each as much as it counts."""
-        from harness.optimise.matching import MOST, places, together
+        from harness.optimise import feature_places
 
         layers = sparse(self.ctx, self.layers)
-        shares, found = [], []
-        for share, image in self._style_images(side):
-            if share:
-                maps = maps_of(self.ctx.model, image, layers, self.settings.pooling)
-                shares.append(share)
-                found.append({layer: places(features, max(1, round(share * MOST))) for layer, features in maps.items()})
-        return {layer: together([one[layer] for one in found], shares) for layer in layers}
+        if not layers:
+            return {}
+        counted = [(share, image) for share, image in self._style_images(side) if share]
+        maps = [maps_of(self.ctx.model, image, layers, self.settings.pooling) for _, image in counted]
+        shares = [share for share, _ in counted]
+        return {layer: feature_places([one[layer] for one in maps], shares) for layer in layers}
 
     def _sharpened(self, image: Tensor) -> Tensor:
         from harness.optimise import as_sharp_as
@@ -448,10 +451,10 @@ class Transfer:
         return (image + (self.settings.strokes or 0) * (sharp - image)).clamp(0, 1)
 
     def _brush(self, side: int) -> Patches:
-        from harness.optimise import patches
+        from harness.optimise import pixel_patches
 
         images = [(share, image) for share, image in self._style_images(side) if share]
-        return patches([image for _, image in images], [share for share, _ in images])
+        return pixel_patches([image for _, image in images], [share for share, _ in images])
 
     def _style_images(self, side: int) -> Iterator[tuple[float, Tensor]]:
         """How much each style counts, and its picture, whose longer side is `side` times the plan's scale."""
@@ -482,6 +485,7 @@ class Transfer:
         import torch
 
         from harness import optimise as o
+        from harness.optimise.matching import spread
 
         ctx, s = self.ctx, self.settings
         absolute = s.form == "absolute"
@@ -500,7 +504,7 @@ class Transfer:
             now = maps_of(ctx.model, image, list(places), s.pooling)
             wanted = {layer: o.nearest_places(features, places[layer]) for layer, features in now.items()}
             # Of a style that is much fainter than the content nothing but the style would be left.
-            spreads = {n: torch.maximum(p.spread, o.spread(own[n])) if n in own else p.spread for n, p in places.items()}
+            spreads = {n: torch.maximum(p.spread, spread(own[n])) if n in own else p.spread for n, p in places.items()}
             objective = objective - self.plan.style_weight * (s.match_weight or 0) * o.match_error(wanted, spreads)
         if s.tv_weight:
             objective = objective - (s.tv_weight / target[0].numel() * 100) * o.total_variation()

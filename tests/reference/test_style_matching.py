@@ -13,7 +13,7 @@ from harness import ConfigError
 from harness import optimise as o
 from harness.context import Context
 from harness.datasets import at_size
-from harness.optimise.matching import MOST_GAIN
+from harness.optimise.matching import MOST_GAIN, spread
 from harness.registry import load_registry
 from harness.testing import load_dataset, run_once
 from harness_style import StyleTransfer
@@ -41,9 +41,11 @@ def windows(picture):
     }
 
 
-def test_each_place_gets_the_features_of_the_one_whose_surroundings_are_most_like_its_own():
+def test_each_place_gets_the_features_of_the_one_whose_surroundings_are_most_like_its_own(monkeypatch):
+    monkeypatch.setattr("harness.optimise.matching.AT_ONCE", 7)
+    monkeypatch.setattr("harness.optimise.matching.FEATURE_DIRECTIONS", 36)  # none left out
     style, pictures = maps(0, height=7, width=4), maps(1, n=2)
-    found = o.nearest_places(pictures, o.places(style))
+    found = o.nearest_places(pictures, o.feature_places([style]))
     assert found.shape == pictures.shape
     theirs = windows(style[0])
     for picture, to in zip(pictures, found, strict=True):
@@ -55,7 +57,7 @@ def test_each_place_gets_the_features_of_the_one_whose_surroundings_are_most_lik
 
 def test_a_style_finds_itself_and_neither_brightness_nor_contrast_matters():
     style = maps(0)
-    places = o.places(style)
+    places = o.feature_places([style])
     assert torch.equal(o.nearest_places(style, places), style)
     assert torch.equal(o.nearest_places(0.3 * style + 5, places), style)
     assert not torch.equal(o.nearest_places(style.flip(3), places), style)
@@ -63,7 +65,7 @@ def test_a_style_finds_itself_and_neither_brightness_nor_contrast_matters():
 
 def test_the_error_and_its_slope_are_those_written_out():
     found = {"a": maps(1, n=2), "b": maps(2, n=2, c=3)}
-    styles = {name: o.places(maps(seed, c=f.shape[1], height=8)) for seed, (name, f) in zip((3, 4), found.items(), strict=True)}
+    styles = {name: o.feature_places([maps(seed, c=f.shape[1], height=8)]) for seed, (name, f) in zip((3, 4), found.items(), strict=True)}
     wanted = {name: o.nearest_places(f, styles[name]) for name, f in found.items()}
     share = torch.tensor([1.0, -3.0], dtype=torch.float64)
 
@@ -89,33 +91,54 @@ def test_the_error_and_its_slope_are_those_written_out():
 def test_the_mean_of_a_style_is_one_away():
     style = maps(0)
     mean = style.mean((2, 3), keepdim=True).expand_as(style)
-    assert float(o.match_error({"a": style}, {"a": o.spread(style)}).score({"a": mean}, mean)) == pytest.approx(1)
+    assert float(o.match_error({"a": style}, {"a": spread(style)}).score({"a": mean}, mean)) == pytest.approx(1)
 
 
-def test_of_many_places_some_are_kept_evenly():
+def test_of_many_places_some_are_kept_evenly(monkeypatch):
     style = maps(0, height=20, width=30)
     rows = style[0].flatten(1).T
-    every = o.places(style)
+    every = o.feature_places([style])
     assert torch.equal(every.features, rows)
-    few = o.places(style, most=7)
-    kept = [round(i * 599 / 6) for i in range(7)]
+    monkeypatch.setattr("harness.optimise.matching.MOST", 7)
+    few = o.feature_places([style])
+    kept = [i * 599 // 6 for i in range(7)]
     assert torch.equal(few.features, rows[kept])
-    assert torch.equal(few.surroundings, every.surroundings[kept])
+    wanted = np.array(list(windows(style[0]).values()))[kept]
+    unit = wanted / np.linalg.norm(wanted, axis=1, keepdims=True)
+    assert np.allclose(few.surroundings @ few.directions.T, unit, atol=1e-9)  # seven lie in few directions
     assert few.spread == every.spread  # of all
 
 
-def test_several_styles_are_searched_together():
+def test_several_styles_are_searched_together_each_by_its_share():
     one, two = maps(0), maps(1) * 3
-    both = o.together([o.places(one), o.places(two)], [0.25, 0.75])
+    both = o.feature_places([one, two])
     assert torch.equal(o.nearest_places(one, both), one)
     assert torch.equal(o.nearest_places(two, both), two)
-    assert float(both.spread) == pytest.approx(0.25 * float(o.places(one).spread) + 0.75 * float(o.places(two).spread))
+    rows, others = (x[0].flatten(1).T for x in (one, two))
+    assert torch.equal(both.features, torch.cat([rows, others]))
+    fewer = o.feature_places([one, two], [0.25, 0.75])
+    assert torch.equal(fewer.features, torch.cat([rows[[i * 29 // 9 for i in range(10)]], others]))  # 10 of 30, and all of the other
+    assert float(fewer.spread) == pytest.approx(0.25 * float(spread(one)) + 0.75 * float(spread(two)))
+
+
+def test_few_directions_find_places_nearly_as_like(squeezenet, photo, monkeypatch):
+    """Of 288 numbers a place 64 are compared."""
+    ctx = context(squeezenet, photo)
+    layer = style_layers(ctx, ())[2]
+    style, own = (
+        maps_of(squeezenet, torch.from_numpy(at_size(p, 256, 3)).permute(2, 0, 1)[None].float() / 255, [layer], "average")[layer]
+        for p in (ctx.named_picture(IHC), photo.get(0))
+    )
+    found = o.nearest_places(own, o.feature_places([style]))
+    monkeypatch.setattr("harness.optimise.matching.FEATURE_DIRECTIONS", 288)
+    whole = o.nearest_places(own, o.feature_places([style]))
+    assert float((found == whole).all(1).float().mean()) > 0.6
 
 
 @pytest.mark.parametrize("value", [0.0, 123.4])
 def test_of_a_style_of_one_colour_errors_stay_numbers(value):
     style, x = torch.full((1, 4, 5, 6), value), maps(1).float().requires_grad_()
-    places = o.places(style)
+    places = o.feature_places([style])
     error = o.match_error({"a": o.nearest_places(x, places)}, {"a": places.spread}).score({"a": x}, x)
     (slope,) = torch.autograd.grad(error.sum(), x)
     assert torch.isfinite(error).all()
@@ -147,14 +170,17 @@ def first(result):
     return next(a for a in result.artifacts if a.name == "objective").lines["result"][0]
 
 
-def test_layers_with_strides_of_eight_and_more_are_compared(squeezenet, digits_cnn, photo):
+def test_layers_with_strides_of_eight_and_more_are_compared(squeezenet, photo):
     ctx = context(squeezenet, photo)
     squeezed = [f"features.{i}.squeeze_activation" for i in (6, 7, 10)]
     assert sparse(ctx, style_layers(ctx, ())) == squeezed
-    assert sparse(ctx, ["features.0", "features.2"]) == ["features.2"]  # none has so few: the last
+    assert sparse(ctx, ["features.2", "features.4"]) == ["features.4"]  # of strides of four the last
+    assert sparse(ctx, ["features.0", "features.1"]) == []
+    result = run_once(quick(style_layers=("features.1",), steps=2), squeezenet, photo)
+    assert np.isfinite(made(result)).all()
 
 
-def test_patches_bring_places_like_the_style_s(squeezenet, photo):
+def test_matches_bring_places_like_the_style_s(squeezenet, photo):
     """What is left is measured on the finished picture, with matches found anew."""
     ctx = context(squeezenet, photo)
     layers = style_layers(ctx, ())
@@ -182,55 +208,66 @@ def test_the_objective_has_them_by_their_weight(name, fainter, squeezenet, photo
     picture = framed(picture, 0)
     with torch.no_grad(), pooled("average"):
         theirs, own = (squeezenet.activations(x, layers[2:]) for x in (style, picture))
-    places = {name: o.places(f) for name, f in theirs.items()}
-    sizes = {name: o.spread(own[name]) if fainter else p.spread for name, p in places.items()}
-    assert all(bool(o.spread(own[name]) > p.spread) is fainter for name, p in places.items())
+    places = {name: o.feature_places([f]) for name, f in theirs.items()}
+    sizes = {name: spread(own[name]) if fainter else p.spread for name, p in places.items()}
+    assert all(bool(spread(own[name]) > p.spread) is fainter for name, p in places.items())
     error = o.match_error({name: o.nearest_places(f, places[name]) for name, f in own.items()}, sizes).score(own, picture)
     assert with_them - without == pytest.approx(3.0 * 0.5 * float(error), rel=1e-3)
 
 
-def test_without_a_weight_covariances_have_patches_and_gram_matrices_have_none(squeezenet, photo):
+def test_matches_are_those_of_what_has_been_made(squeezenet, photo):
+    ctx = context(squeezenet, photo)
+    layers = style_layers(ctx, ())
+    settings = quick(match_weight=0.5, content_weight=0)
+    transfer = Transfer(ctx, settings, layers, layers[0], [ctx.named_picture(IHC)], Plan("a", 2.0, 1.0), "a")
+    places = transfer.style_places(128)
+    target, image = (torch.rand((1, 3, 96, 128), generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    found = maps_of(squeezenet, image, list(places), "average")
+    wanted = {n: o.nearest_places(f, places[n]) for n, f in found.items()}
+    error = float(o.match_error(wanted, {n: p.spread for n, p in places.items()}).score(found, image))
+    with pooled("average"):
+        score = float(o.evaluate(squeezenet, transfer._objective(target, image, None, places), image, image))
+    assert score == pytest.approx(-2.0 * 0.5 * error, rel=1e-5)
+
+
+def test_without_weights_covariances_have_matches_and_patches_and_gram_matrices_have_none(squeezenet, photo):
     def at_once(**more):
         return made(run_once(quick(steps=3, size=64, **more), squeezenet, photo))
 
-    assert np.array_equal(at_once(), at_once(match_weight=MATCHES))
-    assert np.array_equal(at_once(form="relative"), at_once(form="relative", match_weight=0.0))
-    assert not np.array_equal(at_once(), at_once(match_weight=0.0))
-    assert not np.array_equal(at_once(form="relative"), at_once(form="relative", match_weight=1.0))
+    assert np.array_equal(at_once(), at_once(match_weight=MATCHES, strokes=1.0))
+    assert np.array_equal(at_once(form="relative"), at_once(form="relative", match_weight=0.0, strokes=0.0))
+    for more in ({"match_weight": 0.0}, {"strokes": 0.0}, {"strokes": 0.5}):
+        assert not np.array_equal(at_once(), at_once(**more))
+    for more in ({"match_weight": 1.0}, {"strokes": 1.0}):
+        assert not np.array_equal(at_once(form="relative"), at_once(form="relative", **more))
 
 
-def test_styles_count_by_their_shares(squeezenet, photo):
+@pytest.mark.parametrize("side", [128, 768])
+def test_styles_count_by_their_shares(side, squeezenet, photo):
     ctx = context(squeezenet, photo)
     layers = style_layers(ctx, ())
     pictures = [ctx.named_picture(n) for n in (IHC, BRICK)]
 
     def places(styles, blend=()):
         settings = quick(style=(IHC, BRICK)[: len(styles)], blend=blend)
-        return Transfer(ctx, settings, layers, layers[0], styles, Plan("a", 1.0, 1.0), "a").style_places(768)[layers[2]]
+        return Transfer(ctx, settings, layers, layers[0], styles, Plan("a", 1.0, 1.0), "a").style_places(side)[layers[2]].features
 
-    alone = places(pictures[:1])
-    assert torch.equal(places(pictures, (1.0, 0.0)).features, alone.features)
-    assert len(alone.features) == 4096
+    alone, other = places(pictures[:1]), places(pictures[1:])
+    assert torch.equal(places(pictures, (1.0, 0.0)), alone)
     mixed = places(pictures, (3.0, 1.0))
-    assert len(mixed.features) == 4096
-    assert set(map(tuple, mixed.features[:3072].tolist())) <= set(
-        map(
-            tuple,
-            o.places(
-                maps_of(
-                    squeezenet, torch.from_numpy(at_size(pictures[0], 768, 3)).permute(2, 0, 1)[None].float() / 255, layers[2:3], "average"
-                )[layers[2]],
-                10**6,
-            ).features.tolist(),
-        )
-    )
+    own, theirs = (set(map(tuple, rows.tolist())) for rows in (alone, other))
+    first = [tuple(row) in own for row in mixed.tolist()]
+    assert sum(first) == pytest.approx(0.75 * len(mixed), abs=1) or side == 768  # of so many not the same ones are kept
+    assert len(mixed) == (4096 if side == 768 else pytest.approx(len(alone) / 0.75, abs=1))
+    assert all(tuple(row) in theirs for row, one in zip(mixed.tolist(), first, strict=True) if not one) or side == 768
 
 
-def test_a_style_without_places_to_compare_is_told_and_tiny_ones_work(squeezenet, photo, tmp_path):
+def test_flat_styles_work_and_weights_below_zero_are_refused(squeezenet, photo, tmp_path):
     Image.new("RGB", (60, 60), (10, 200, 30)).save(tmp_path / "flat.png")
     assert np.isfinite(made(run_once(quick(style=(str(tmp_path / "flat.png"),), steps=3, match_weight=1.0), squeezenet, photo))).all()
-    with pytest.raises(ConfigError, match="match_weight"):
-        StyleTransfer.build({"match_weight": -1})
+    for wrong in ({"match_weight": -1}, {"strokes": -0.1}, {"strokes": 1.1}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            StyleTransfer.build(wrong)
 
 
 # -- patches of pixels -----------------------------------------------------------------------------------------------------
@@ -261,18 +298,19 @@ def repainted_slowly(image, style):
 @pytest.mark.parametrize("c", [1, 3])
 def test_patches_become_the_nearest_of_the_style(c, monkeypatch):
     monkeypatch.setattr("harness.optimise.matching.DIRECTIONS", 36 * c)  # none left out
+    monkeypatch.setattr("harness.optimise.matching.AT_ONCE", 7)
     style, images = picture(0, 12, 13, c), torch.cat([picture(1, c=c), picture(2, c=c)])
-    found = o.repainted(images, o.patches([style]))
+    found = o.repainted(images, o.pixel_patches([style]))
     for image, to in zip(images, found, strict=True):
         assert np.allclose(to, repainted_slowly(image, style[0]), atol=1e-9)
-    half = o.repainted(images, o.patches([style]), 0.5)
+    half = o.repainted(images, o.pixel_patches([style]), 0.5)
     torch.testing.assert_close(half, (images + found) / 2)
-    assert torch.equal(o.repainted(images, o.patches([style]), 0.0), images)
+    assert torch.equal(o.repainted(images, o.pixel_patches([style]), 0.0), images)
 
 
-def test_a_style_is_repainted_as_itself_and_noise_on_it_goes(monkeypatch):
+def test_a_style_is_repainted_as_itself_and_noise_on_it_goes():
     smooth = torch.nn.functional.interpolate(picture(0, 9, 9), (48, 48), mode="bicubic").clamp(0, 1)
-    style = o.patches([smooth])
+    style = o.pixel_patches([smooth])
     inside = (..., slice(6, -6), slice(6, -6))  # mirrored borders are in no patch of the style
     torch.testing.assert_close(o.repainted(smooth, style)[inside], smooth[inside], rtol=0, atol=1e-3)
     noisy = (smooth + 0.05 * (picture(1, 48, 48) - 0.5) * 2).clamp(0, 1)
@@ -285,24 +323,37 @@ def test_a_ripple_that_no_patch_of_the_style_has_goes_and_brightness_stays():
     style[..., 15:] = 0.8
     x = torch.linspace(0.2, 0.8, 40, dtype=torch.float64).expand(1, 3, 40, 40)
     ripple = x + 0.05 * (-1.0) ** torch.arange(40)[:, None]
-    after = o.repainted(ripple, o.patches([style]))[..., 6:-6, 6:-6]
+    after = o.repainted(ripple, o.pixel_patches([style]))[..., 6:-6, 6:-6]
     assert float((after[..., 1:, :] - after[..., :-1, :]).abs().max()) < 1e-6
     assert float((after.mean((1, 2)) - x[..., 6:-6, 6:-6].mean((1, 2))).abs().max()) < 0.05
 
 
 def test_of_several_styles_each_has_its_share_of_patches_and_small_ones_serve():
-    found = o.patches([picture(0, 120, 120), picture(1, 120, 120)], [0.75, 0.25])
+    found = o.pixel_patches([picture(0, 120, 120), picture(1, 120, 120)], [0.75, 0.25])
     assert len(found.values) == 8192
     assert found.codes.shape == (8192, 32)
-    assert len(o.patches([picture(0, 3, 4)]).values) == 1
-    tiny = o.repainted(picture(0, 3, 4), o.patches([picture(1, 2, 9)]))
+    one, two = picture(0, 16, 17), picture(1, 16, 17)
+    alone = [o.pixel_patches([x]).values for x in (one, two)]
+    both = o.pixel_patches([one, two], [0.75, 0.25]).values
+    assert len(alone[0]) == 11 * 12
+    assert torch.equal(both[: 11 * 12], alone[0])
+    assert len(both) == 11 * 12 * 4 // 3
+    assert all((row == alone[1]).all(1).any() for row in both[11 * 12 :])
+    assert len(o.pixel_patches([picture(0, 3, 4)]).values) == 1
+    tiny = o.repainted(picture(0, 3, 4), o.pixel_patches([picture(1, 2, 9)]))
     assert tiny.shape == (1, 3, 3, 4)
     assert torch.isfinite(tiny).all()
 
 
-def test_lower_precision_is_kept(monkeypatch):
-    half = picture(0).bfloat16()
-    assert o.repainted(half, o.patches([half])).dtype == torch.bfloat16
+def test_in_lower_precision_it_is_the_same_but_for_rounding():
+    half, other = picture(0).bfloat16(), picture(1).bfloat16()
+    brush = o.pixel_patches([other])
+    for found, wanted in (
+        (o.repainted(half, brush), o.repainted(half.float(), brush)),
+        (o.as_sharp_as(half, [other]), o.as_sharp_as(half.float(), [other.float()])),
+    ):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.02)
 
 
 def ripples(amplitude, frequency, size=128):
@@ -329,6 +380,27 @@ def test_finer_bands_rise_no_less_than_coarser_ones_and_styles_count_by_their_sh
     torch.testing.assert_close(mixed, ripples(0.1 * wanted, 0.25)[..., 16:-16, 16:-16], rtol=0, atol=2e-3)
 
 
+def test_the_size_of_the_style_does_not_matter():
+    white = [
+        scale * torch.randn((1, 1, *size), generator=torch.Generator().manual_seed(0))
+        for scale, size in ((0.1, (128, 128)), (0.13, (300, 200)))
+    ]
+    found = o.as_sharp_as(white[0], white[1:])
+    assert 1.25 < float(found.std() / white[0].std()) < 1.5  # no band less than a coarser one, of which some have more by chance
+
+
+@pytest.mark.parametrize("size", [16, 20, 24, 25])
+def test_bands_that_a_small_picture_lacks_raise_no_others(size):
+    image = picture(0, size, size)
+    torch.testing.assert_close(o.as_sharp_as(image, [0.2 * picture(1, 128, 128)]), image)
+
+
+def test_nothing_comes_round_from_the_other_side():
+    ramp = torch.linspace(0.2, 0.8, 128, dtype=torch.float64).expand(1, 3, 128, 128) + ripples(0.02, 0.25) - 0.5
+    found = o.as_sharp_as(ramp, [ripples(0.04, 0.25)])
+    assert float((found - ramp).abs().max()) < 0.06  # the ripples', which the jump from end to end is far above
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 4), (20, 7)])
 def test_of_flat_styles_and_tiny_pictures_pictures_stay_as_they_are(size):
     image = picture(0, *size).float()
@@ -337,14 +409,33 @@ def test_of_flat_styles_and_tiny_pictures_pictures_stay_as_they_are(size):
 
 
 def test_the_picture_is_repainted_at_the_end_and_at_every_part_of_smaller_sizes(squeezenet, photo, monkeypatch):
-    seen = []
+    seen, brushes, amounts = [], [], []
     real = o.repainted
-    monkeypatch.setattr(o, "repainted", lambda x, style, share: seen.append(real(x, style, share)) or seen[-1])
-    result = run_once(quick(steps=20, shifts=2, coarse=1), squeezenet, photo)
+
+    def watched(x, brush, amount):
+        seen.append(real(x, brush, amount))
+        brushes.append(brush)
+        amounts.append(amount)
+        return seen[-1]
+
+    monkeypatch.setattr(o, "repainted", watched)
+    result = run_once(quick(steps=20, shifts=2, coarse=1, strokes=0.5), squeezenet, photo)
     assert [tuple(x.shape[2:]) for x in seen] == [(42, 64), (42, 64), (85, 128)]
-    style = at_size(context(squeezenet, photo).named_picture(IHC), 128, 3)
-    sharp = o.as_sharp_as(seen[-1].clamp(0, 1), [torch.from_numpy(style).permute(2, 0, 1)[None].float() / 255]).clamp(0, 1)
+    assert amounts == [0.5] * 3
+    named = context(squeezenet, photo).named_picture(IHC)
+    small, style = (torch.from_numpy(at_size(named, side, 3)).permute(2, 0, 1)[None].float() / 255 for side in (64, 128))
+    for brush, own in zip(brushes, (small, small, style), strict=True):
+        assert torch.equal(brush.values, o.pixel_patches([own]).values)
+    painted = seen[-1].clamp(0, 1)
+    sharp = (painted + 0.5 * (o.as_sharp_as(painted, [style]) - painted)).clamp(0, 1)
     assert np.abs(made(result) - sharp[0].numpy()).max() < 0.6 / 255
-    assert float((sharp - seen[-1]).abs().max()) > 0.02
+    assert float((sharp - painted).abs().max()) > 0.02
     steps = next(a for a in result.artifacts if a.name == "progress-1").data
     assert np.array_equal(steps[-1], made(result))
+
+
+def test_a_descent_that_stops_is_painted_all_the_same(squeezenet, photo):
+    """At a weight beyond numbers the picture stays, and then takes the style's patches."""
+    beyond = {"style_weight": (1e39,), "steps": 40, "shifts": 4}
+    with_them, without = (made(run_once(quick(strokes=s, **beyond), squeezenet, photo)) for s in (1.0, 0.0))
+    assert np.abs(with_them - without).mean() > 0.01
