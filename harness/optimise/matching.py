@@ -14,7 +14,7 @@ from .objectives import Objective, squared_distance
 
 MOST = 4096  # places of a style that are looked at
 FEATURE_DIRECTIONS = 64  # in which surroundings are compared, of those in which the style's are largest
-AT_ONCE = 1024  # places of a picture that are compared with all of them
+AT_ONCE = 1024  # places or patches of a picture that are compared with all of the style's
 
 
 class Places(NamedTuple):
@@ -33,34 +33,51 @@ def spread(features: Tensor) -> Tensor:
 
 
 def feature_places(styles: Sequence[Tensor], shares: Sequence[float] = ()) -> Places:
-    """Those of styles' maps (1, C, H, W), evenly spread, `MOST` at most; of each as large a part of all as its share of a sum of 1, which
-    weighs its spread, too."""
-    shares = shares or [1 / len(styles)] * len(styles)
-    most = min(float(MOST), *(maps[0, 0].numel() / share for maps, share in zip(styles, shares, strict=True)))
+    """Those of styles' maps (1, C, H, W), evenly spread, `MOST` at most. Each style has as large a part of them as its share (shares sum to
+    1), and its spread counts by that share."""
+    counted = _counted(styles, shares)
+    most = min(float(MOST), *(maps[0, 0].numel() / share for maps, share in counted))
     features, surroundings = [], []
     with full_precision(styles[0].device):
-        for given, share in zip(styles, shares, strict=True):
+        for given, share in counted:
             maps = at_least_single(given)
-            kept = _evenly(maps[0, 0].numel(), max(1, round(share * most)), maps.device)
+            height, width = maps.shape[2:]
+            kept = _evenly(height * width, int(share * most + 1e-6), maps.device)
             features.append(maps[0].permute(1, 2, 0).flatten(0, 1)[kept])
-            surroundings.append(_surroundings(maps)[kept])
+            windows = _continued(maps)[0].unfold(1, 3, 1).unfold(2, 3, 1)  # (C, H, W, 3, 3), no copy
+            surroundings.append(F.normalize(windows[:, kept // width, kept % width].transpose(0, 1).flatten(1), dim=1))
         whole = torch.cat(surroundings)
         directions = _principal(whole, FEATURE_DIRECTIONS)
-        size = torch.stack([share * spread(maps) for maps, share in zip(styles, shares, strict=True)]).sum(0)
+        size = torch.stack([share * spread(maps) for maps, share in counted]).sum(0)
         return Places(torch.cat(features), whole @ directions, directions, size)
 
 
+def _counted(styles: Sequence[Tensor], shares: Sequence[float]) -> list[tuple[Tensor, float]]:
+    """Those with a share above zero; without shares all count the same."""
+    return [(s, share) for s, share in zip(styles, shares or [1 / len(styles)] * len(styles), strict=True) if share > 0]
+
+
 def _principal(values: Tensor, most: int) -> Tensor:
-    """(D, min(D, most)) orthogonal directions in which values (M, D), not centred, are largest. Of what is not finite any."""
-    products = values.T @ values
-    products = torch.where(torch.isfinite(products).all(), products, torch.eye(len(products), device=values.device, dtype=values.dtype))
-    vectors = torch.linalg.eigh(products.cpu() if products.device.type == "mps" else products)[1].to(values.device)
-    return vectors[:, -most:].contiguous()
+    """(D, min(D, most)) orthogonal directions in which values (M, D), not centred, are largest: by some steps of orthogonal iteration from
+    as many of the values, since D x D matrices of networks with many channels are too large to be decomposed."""
+    width = values.shape[1]
+    if width <= most:
+        return torch.eye(width, device=values.device, dtype=values.dtype)
+    found = values[_evenly(len(values), most, values.device)].T
+    found = F.pad(found, (0, most - found.shape[1]))
+    for _ in range(4):
+        found = _orthogonal(values.T @ (values @ found))
+    return found
+
+
+def _orthogonal(columns: Tensor) -> Tensor:
+    there = columns.cpu() if columns.device.type == "mps" else columns
+    return torch.linalg.qr(there)[0].to(columns.device)
 
 
 def _evenly(count: int, most: int, device: torch.device) -> Tensor:
-    """(min(count, most),) of `count` numbers from the first to the last."""
-    few = min(count, most)
+    """Up to `most`, and one at least, of `count` numbers from the first to the last."""
+    few = min(count, max(1, most))
     return torch.arange(few, device=device) * (count - 1) // max(1, few - 1)
 
 
@@ -68,18 +85,15 @@ def nearest_places(features: Tensor, style: Places) -> Tensor:
     """(N, C, H, W): for each place of maps (N, C, H, W) the style's features at the place whose surroundings are most like its own, by
     the cosine of features about their means in windows of 3 x 3.
 
-    With the means of either taken away (Kolkin et al. 2022, arXiv:2203.13215, sec. 3) a picture finds its own places even where all of its
-    features are others than the style's. Windows are compared along the directions in which
-    the style's differ most. Cost: HW (M + 9 C) 64 multiplications."""
+    With the means of either taken away (Kolkin et al. 2022, arXiv:2203.13215, sec. 3) places are told apart even where all features of the
+    picture are far from the style's. Windows are compared along the directions in which the style's are largest. Cost: HW (M + 9 C) 64
+    multiplications."""
     n, c, height, width = features.shape
     with torch.no_grad(), full_precision(features.device):
-        maps = at_least_single(features)
-        found = torch.empty((n, height * width, c), device=maps.device, dtype=maps.dtype)
-        for picture, to in zip(maps, found, strict=True):
-            start = 0
-            for some in torch.split(_surroundings(picture[None]) @ style.directions, AT_ONCE):
-                to[start : start + len(some)] = style.features[_largest(some @ style.surroundings.T)]
-                start += len(some)
+        # How long a window of the picture is does not change which one is most like it.
+        kernels = style.directions.T.reshape(-1, c, 3, 3)
+        codes = F.conv2d(_continued(at_least_single(features)), kernels).permute(0, 2, 3, 1).flatten(0, 2)
+        found = torch.cat([style.features[_largest(some @ style.surroundings.T)] for some in torch.split(codes, AT_ONCE)])
     return found.view(n, height, width, c).permute(0, 3, 1, 2)
 
 
@@ -106,17 +120,16 @@ def _largest(rows: Tensor) -> Tensor:
     return torch.from_numpy(rows.numpy().argmax(1)) if rows.device.type == "cpu" else rows.argmax(1)
 
 
-def _surroundings(maps: Tensor) -> Tensor:
-    """(HW, 9 C) unit vectors of maps (1, C, H, W): features about their mean in windows of 3 x 3, the border's repeated beyond it."""
-    centred = maps - maps.mean((2, 3), keepdim=True)
-    return F.normalize(F.unfold(F.pad(centred, (1, 1, 1, 1), mode="replicate"), 3)[0].T, dim=1)
+def _continued(maps: Tensor) -> Tensor:
+    """(N, C, H + 2, W + 2) of maps (N, C, H, W): less their mean, the border's repeated beyond it."""
+    return F.pad(maps - maps.mean((2, 3), keepdim=True), (1, 1, 1, 1), mode="replicate")
 
 
 # -- pixels ----------------------------------------------------------------------------------------------------------------
 
 PATCH, STEP = 6, 3  # pixels of a patch's side, and from one patch to the next
 KINDS = 8192  # patches of a style that are looked at
-DIRECTIONS = 32  # in which patches are compared, of those in which the style's differ most
+DIRECTIONS = 32  # in which patches are compared, of those in which the style's are largest
 
 
 class Patches(NamedTuple):
@@ -128,17 +141,16 @@ class Patches(NamedTuple):
 
 
 def pixel_patches(styles: Sequence[Tensor], shares: Sequence[float] = ()) -> Patches:
-    """Those of pictures (1, C, H, W), evenly spread, `KINDS` at most; of each as large a part of all as its share of a sum of 1."""
+    """Those of pictures (1, C, H, W), evenly spread, `KINDS` at most; of each as large a part as its share (shares sum to 1)."""
     views = []
-    for image in styles:
+    for image, share in _counted(styles, shares):
         height, width = image.shape[2:]
         whole = F.pad(at_least_single(image), (0, max(0, PATCH - width), 0, max(0, PATCH - height)), mode="replicate")
-        views.append(whole[0].unfold(1, PATCH, 1).unfold(2, PATCH, 1))  # (C, H - 5, W - 5, 6, 6), no copy
-    shares = shares or [1 / len(styles)] * len(styles)
-    most = min(float(KINDS), *(view[0, ..., 0, 0].numel() / share for view, share in zip(views, shares, strict=True)))
+        views.append((whole[0].unfold(1, PATCH, 1).unfold(2, PATCH, 1), share))  # (C, H - 5, W - 5, 6, 6), no copy
+    most = min(float(KINDS), *(view[0, ..., 0, 0].numel() / share for view, share in views))
     found = []
-    for view, share in zip(views, shares, strict=True):
-        kept = _evenly(view[0, ..., 0, 0].numel(), max(1, round(share * most)), view.device)
+    for view, share in views:
+        kept = _evenly(view[0, ..., 0, 0].numel(), int(share * most + 1e-6), view.device)
         some = view[:, kept // view.shape[2], kept % view.shape[2]]  # (C, M, 6, 6)
         found.append(_apart(some.transpose(0, 1).flatten(1), view.shape[0])[0])
     values = torch.cat(found)
@@ -160,13 +172,13 @@ def repainted(images: Tensor, brush: Patches, amount: float = 1.0) -> Tensor:
         pieces = F.unfold(around, PATCH, stride=STEP)  # (N, 36 C, L)
         lengths = brush.codes.square().sum(1)
         window = torch.hann_window(PATCH + 2, periodic=False, device=before.device, dtype=before.dtype)[1:-1].square()
-        weights = torch.outer(window, window).flatten().repeat(c)
+        weights = torch.outer(window, window).flatten()
         for picture in pieces:
             for some in torch.split(picture, AT_ONCE, dim=1):
                 apart, mean = _apart(some.T, c)
                 nearest = _largest(torch.addmm(lengths, apart @ brush.directions, brush.codes.T, beta=-1, alpha=2))
                 found = brush.values[nearest].view(len(mean), c, -1) + mean
-                some.copy_((found.flatten(1) * weights).T)
+                some.copy_((found * weights).flatten(1).T)
         size = around.shape[2:]
         total = F.fold(weights[None, :, None].expand(1, -1, pieces.shape[2]).contiguous(), size, PATCH, stride=STEP)
         made = F.fold(pieces, size, PATCH, stride=STEP) / total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -184,9 +196,7 @@ def as_sharp_as(images: Tensor, styles: Sequence[Tensor], shares: Sequence[float
     one another are softer than any of them."""
     with torch.no_grad():
         before = at_least_single(images)
-        spectra = [
-            share * _power(at_least_single(style)) for style, share in zip(styles, shares or [1 / len(styles)] * len(styles), strict=True)
-        ]
+        spectra = [share * _power(at_least_single(style)) for style, share in _counted(styles, shares)]
         own = _power(before)
         gains = (torch.stack(spectra).sum(0) / own.clamp_min(1e-12)).sqrt().clamp(1, MOST_GAIN)
         gains = torch.where(own > 1e-12, gains, torch.ones_like(gains))  # small pictures lack some bands

@@ -103,11 +103,11 @@ def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: fl
 
 
 def sparse(ctx: Context, layers: Sequence[str]) -> list[str]:
-    """Those with at most a 64th as many positions as a picture has pixels, a stride of eight; or else the last with a stride of four; or
-    none. What is compared with all of the style there sees shapes and not only grain, and comparing costs little beside the network's
-    passes."""
-    shares = {name: math.prod(ctx.model.maps_shape(name)[1:]) / ctx.model.input.size**2 for name in layers}
-    return [name for name in layers if shares[name] <= 1 / 64] or [name for name in layers if shares[name] <= 1 / 16][-1:]
+    """Those with strides of eight and more; or else the last with a stride of four; or none. What is compared with all of the style there
+    sees shapes and not only grain, and comparing costs little beside the network's passes."""
+    positions = {name: math.prod(ctx.model.maps_shape(name)[1:]) for name in layers}
+    eight, four = (math.ceil(ctx.model.input.size / stride) ** 2 for stride in (8, 4))
+    return [name for name in layers if positions[name] <= eight] or [name for name in layers if positions[name] <= four][-1:]
 
 
 def falling(count: int) -> tuple[float, ...]:

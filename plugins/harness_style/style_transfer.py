@@ -76,12 +76,12 @@ class StyleTransfer(Technique):
     E_l = ||W_l (K_l(x) - C_l) W_l||^2 / ||W_l C_l W_l||^2: K_l are mean products of features about the style's means, C_l the style's
     covariances, W_l = C_l^-1/4, by which rare features count more, if not those that are hardly there. M is the mean, over style layers
     with strides of eight and more, of ||F_l(x) - T_l||^2 / (HW s_l): at each place T_l has the style's features of the place whose
-    surroundings of 3 x 3 are most like it, found anew in each part; s_l is the mean squared distance of features from their mean, the
-    style's or the content's, whichever is larger. Between the parts at smaller sizes, and at the end, patches of pixels become the style's
-    (`strokes`; Kwatra et al. 2005), and at last fine frequencies get the style's power. `form=relative` has Gram matrices G_l, ||G_l(x) -
-    A_l||^2 / ||A_l||^2, and neither M nor patches, if these are not asked for. These errors are shares, so that one set of weights serves
-    networks and layers of any scale; beside a content, the weight of E_l is divided by the content's own where that is above one.
-    `form=absolute` has the paper's sums.
+    surroundings of 3 x 3 are most like it, found anew in each part; s_l is the mean squared distance of features from their mean, beside a
+    content the larger of the style's and the content's. Between the parts at smaller sizes, and at the end, patches of pixels become the
+    style's (`strokes`; Kwatra et al. 2005), and at last fine frequencies get the style's power. `form=relative` has Gram matrices G_l,
+    ||G_l(x) - A_l||^2 / ||A_l||^2, and neither M nor patches, if these are not asked for. These errors are shares, so that one set of
+    weights serves networks and layers of any scale; beside a content, the weight of E_l is divided by the content's own where that is above
+    one. `form=absolute` has the paper's sums.
 
     The content is the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and what is
     red. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on
@@ -124,16 +124,16 @@ class StyleTransfer(Technique):
         None,
         ge=0,
         description="delta: how much single places count beside statistics, as a share of beta, at style layers with strides of eight and "
-        f"more; more of it paints more of the style's things, also over the subject. For errors that are shares; none: {MATCHES:.2g}, with "
-        "Gram matrices 0",
+        "more, or else the last with one of four; more of it paints more of the style's things, also over the subject. For errors that are "
+        f"shares; none: {MATCHES:.2g}, with Gram matrices 0",
     )
     strokes: float | None = Param(
         None,
         ge=0,
         le=1,
-        description="how far, whatever the weights are, patches of 6 x 6 pixels become those of the style that are most like them: at the "
-        "end, where the picture then becomes as sharp as the style, and between the parts at smaller sizes; it paints over what is dreamt. "
-        "0: not at all; none: 1, with Gram matrices 0",
+        description="how far, however small the weight of the style is, patches of 6 x 6 pixels become those of the style that are most "
+        "like them: at the end, where the picture then becomes as sharp as the style, and between the parts at smaller sizes; it paints "
+        "over what is dreamt. 0: not at all; none: 1, with Gram matrices 0",
     )
     tv_weight: float = Param(0.0, ge=0, description="gamma, to smooth; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
@@ -359,9 +359,10 @@ class Transfer:
                     image = self._sharpened(image)
                 traces.append(-part.scores[:, 0].cpu().double().numpy())
                 for n, shot in part.snapshots:
-                    if (last and n == steps) or (done + n) // EVERY > shown:
+                    end = n == part.snapshots[-1][0]
+                    if (last and end) or (done + n) // EVERY > shown:
                         shown = (done + n) // EVERY
-                        stages.append((done + n, image if n == steps else unframed(shot, number)))
+                        stages.append((done + n, image if end else unframed(shot, number)))
                 done += steps
                 if part.stopped:
                     notes.append(
@@ -438,9 +439,8 @@ class Transfer:
         layers = sparse(self.ctx, self.layers)
         if not layers:
             return {}
-        counted = [(share, image) for share, image in self._style_images(side) if share]
-        maps = [maps_of(self.ctx.model, image, layers, self.settings.pooling) for _, image in counted]
-        shares = [share for share, _ in counted]
+        shares, images = zip(*self._style_images(side), strict=True)
+        maps = [maps_of(self.ctx.model, image, layers, self.settings.pooling) for image in images]
         return {layer: feature_places([one[layer] for one in maps], shares) for layer in layers}
 
     def _sharpened(self, image: Tensor) -> Tensor:
@@ -453,8 +453,8 @@ class Transfer:
     def _brush(self, side: int) -> Patches:
         from harness.optimise import pixel_patches
 
-        images = [(share, image) for share, image in self._style_images(side) if share]
-        return pixel_patches([image for _, image in images], [share for share, _ in images])
+        shares, images = zip(*self._style_images(side), strict=True)
+        return pixel_patches(images, shares)
 
     def _style_images(self, side: int) -> Iterator[tuple[float, Tensor]]:
         """How much each style counts, and its picture, whose longer side is `side` times the plan's scale."""
@@ -489,7 +489,8 @@ class Transfer:
 
         ctx, s = self.ctx, self.settings
         absolute = s.form == "absolute"
-        own = maps_of(ctx.model, target, [*self.layers, self.content], s.pooling) if s.content_weight else {}
+        needed = self.layers if style is not None and (places or not absolute) else []
+        own = maps_of(ctx.model, target, [*needed, self.content], s.pooling) if s.content_weight else {}
         objective = o.Objective(frozenset(), lambda _, x: 0 * x.sum((1, 2, 3)))  # a slope there is, even where nothing is weighed
         if s.content_weight:
             objective = objective - s.content_weight * o.content_error(

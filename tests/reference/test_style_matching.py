@@ -121,6 +121,14 @@ def test_several_styles_are_searched_together_each_by_its_share():
     assert float(fewer.spread) == pytest.approx(0.25 * float(spread(one)) + 0.75 * float(spread(two)))
 
 
+def test_styles_without_a_share_are_left_out():
+    one, two = maps(0), maps(1)
+    assert torch.equal(o.feature_places([one, two], [1.0, 0.0]).surroundings, o.feature_places([one]).surroundings)
+    one, two = picture(0), picture(1)
+    assert torch.equal(o.pixel_patches([one, two], [1.0, 0.0]).codes, o.pixel_patches([one]).codes)
+    assert torch.equal(o.as_sharp_as(one, [two, one], [1.0, 0.0]), o.as_sharp_as(one, [two]))
+
+
 def test_few_directions_find_places_nearly_as_like(squeezenet, photo, monkeypatch):
     """Of 288 numbers a place 64 are compared."""
     ctx = context(squeezenet, photo)
@@ -243,23 +251,24 @@ def test_without_weights_covariances_have_matches_and_patches_and_gram_matrices_
 
 
 @pytest.mark.parametrize("side", [128, 768])
-def test_styles_count_by_their_shares(side, squeezenet, photo):
+def test_styles_count_by_their_shares(side, squeezenet, photo, monkeypatch):
     ctx = context(squeezenet, photo)
     layers = style_layers(ctx, ())
     pictures = [ctx.named_picture(n) for n in (IHC, BRICK)]
 
     def places(styles, blend=()):
         settings = quick(style=(IHC, BRICK)[: len(styles)], blend=blend)
-        return Transfer(ctx, settings, layers, layers[0], styles, Plan("a", 1.0, 1.0), "a").style_places(side)[layers[2]].features
+        found = Transfer(ctx, settings, layers, layers[0], styles, Plan("a", 1.0, 1.0), "a").style_places(side)[layers[2]].features
+        return [tuple(row) for row in found.tolist()]
 
-    alone, other = places(pictures[:1]), places(pictures[1:])
-    assert torch.equal(places(pictures, (1.0, 0.0)), alone)
-    mixed = places(pictures, (3.0, 1.0))
-    own, theirs = (set(map(tuple, rows.tolist())) for rows in (alone, other))
-    first = [tuple(row) in own for row in mixed.tolist()]
-    assert sum(first) == pytest.approx(0.75 * len(mixed), abs=1) or side == 768  # of so many not the same ones are kept
-    assert len(mixed) == (4096 if side == 768 else pytest.approx(len(alone) / 0.75, abs=1))
-    assert all(tuple(row) in theirs for row, one in zip(mixed.tolist(), first, strict=True) if not one) or side == 768
+    alone, mixed = places(pictures[:1]), places(pictures, (3.0, 1.0))
+    assert places(pictures, (1.0, 0.0)) == alone
+    monkeypatch.setattr("harness.optimise.matching.MOST", 10**6)
+    own, theirs = set(places(pictures[:1])), set(places(pictures[1:]))
+    assert len(mixed) == (4096 if side == 768 else pytest.approx(len(own) / 0.75, abs=1))
+    count = round(0.75 * len(mixed))
+    assert set(mixed[:count]) <= own
+    assert set(mixed[count:]) <= theirs
 
 
 def test_flat_styles_work_and_weights_below_zero_are_refused(squeezenet, photo, tmp_path):
@@ -437,5 +446,8 @@ def test_the_picture_is_repainted_at_the_end_and_at_every_part_of_smaller_sizes(
 def test_a_descent_that_stops_is_painted_all_the_same(squeezenet, photo):
     """At a weight beyond numbers the picture stays, and then takes the style's patches."""
     beyond = {"style_weight": (1e39,), "steps": 40, "shifts": 4}
-    with_them, without = (made(run_once(quick(strokes=s, **beyond), squeezenet, photo)) for s in (1.0, 0.0))
-    assert np.abs(with_them - without).mean() > 0.01
+    results = [run_once(quick(strokes=s, **beyond), squeezenet, photo) for s in (1.0, 0.0)]
+    assert np.abs(made(results[0]) - made(results[1])).mean() > 0.01
+    for result in results:
+        stages = [a.data[-1] for a in result.artifacts if a.name == "progress-1"]
+        assert all(np.array_equal(stage, made(result)) for stage in stages)
