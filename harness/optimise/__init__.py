@@ -21,7 +21,7 @@ A score that is not finite ends the work on that picture: its last good state is
 
 from .conditioners import NATURAL_COLOURS, ClipSmallGradients, Colours, Conditioner, LowFrequencies, NaturalColours
 from .loop import Ascent, State, ascend, join, stepped
-from .matching import Patches, Places, as_sharp_as, feature_places, match_error, nearest_places, pixel_patches, repainted
+from .matching import Patches, Places, as_sharp_as, feature_places, match_error, nearest_places, pixel_patches, repainted, with_detail
 from .objectives import (
     Objective,
     alpha_norm,
@@ -110,4 +110,5 @@ __all__ = [
     "stepped",
     "style_error",
     "total_variation",
+    "with_detail",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..device import at_least_single, full_precision
 from .objectives import Objective, squared_distance
+from .operators import gaussian_blur
 
 MOST = 4096  # places of a style that are looked at
 FEATURE_DIRECTIONS = 64  # in which surroundings are compared, of those in which the style's are largest
@@ -133,45 +134,51 @@ DIRECTIONS = 32  # in which patches are compared, of those in which the style's 
 
 
 class Patches(NamedTuple):
-    """A style's patches of 6 x 6 pixels, each without its mean colour."""
+    """A style's square patches of pixels, each without its mean colour."""
 
-    values: Tensor  # (M, 36 C)
-    codes: Tensor  # (M, D) along `directions`
-    directions: Tensor  # (36 C, D)
+    values: Tensor  # (M, side^2 C)
+    codes: Tensor  # (M, D) along `directions`, of the style made soft
+    directions: Tensor  # (side^2 C, D)
+    side: int
+    softness: float  # standard deviation, in pixels, of the Gaussian that makes styles and pictures soft before they are compared
 
 
-def pixel_patches(styles: Sequence[Tensor], shares: Sequence[float] = ()) -> Patches:
+def pixel_patches(styles: Sequence[Tensor], shares: Sequence[float] = (), side: int = PATCH, softness: float = 0.0) -> Patches:
     """Those of pictures (1, C, H, W), evenly spread, `KINDS` at most; of each as large a part as its share (shares sum to 1)."""
     views = []
     for image, share in _counted(styles, shares):
         height, width = image.shape[2:]
-        whole = F.pad(at_least_single(image), (0, max(0, PATCH - width), 0, max(0, PATCH - height)), mode="replicate")
-        views.append((whole[0].unfold(1, PATCH, 1).unfold(2, PATCH, 1), share))  # (C, H - 5, W - 5, 6, 6), no copy
-    most = min(float(KINDS), *(view[0, ..., 0, 0].numel() / share for view, share in views))
+        whole = F.pad(at_least_single(image), (0, max(0, side - width), 0, max(0, side - height)), mode="replicate")
+        both = torch.cat([whole, gaussian_blur(whole, softness)])
+        views.append((both.unfold(2, side, 1).unfold(3, side, 1), share))  # (2, C, H - 5, W - 5, 6, 6), no copy
+    most = min(float(KINDS), *(view[0, 0, ..., 0, 0].numel() / share for view, share in views))
     found = []
     for view, share in views:
-        kept = _evenly(view[0, ..., 0, 0].numel(), int(share * most + 1e-6), view.device)
-        some = view[:, kept // view.shape[2], kept % view.shape[2]]  # (C, M, 6, 6)
-        found.append(_apart(some.transpose(0, 1).flatten(1), view.shape[0])[0])
-    values = torch.cat(found)
+        kept = _evenly(view[0, 0, ..., 0, 0].numel(), int(share * most + 1e-6), view.device)
+        some = view[:, :, kept // view.shape[3], kept % view.shape[3]].transpose(1, 2)  # (2, M, C, 6, 6)
+        found.append(_apart(some.flatten(0, 1).flatten(1), view.shape[1])[0].view(2, len(kept), -1))
+    values, compared = torch.cat(found, 1)
     with full_precision(values.device):
-        directions = _principal(values, DIRECTIONS)
-        return Patches(values, values @ directions, directions)
+        directions = _principal(compared, DIRECTIONS)
+        return Patches(values, compared @ directions, directions, side, softness)
 
 
 def repainted(images: Tensor, brush: Patches, amount: float = 1.0) -> Tensor:
     """(N, C, H, W) whose overlapping patches are the style's that are most like them, but for each one's mean colour; `amount` of the way.
 
-    A step of texture optimisation (Kwatra et al. 2005, "Texture Optimization for Example-based Synthesis", SIGGRAPH): each patch takes the
-    nearest of the style, pixels are means of the patches over them, weighted by a window. What a network does not see or cannot tell from
-    strokes, ripples, grids and coloured fringes, is in no patch of the style and goes."""
+    A step of texture optimisation (Kwatra et al. 2005, "Texture Optimization for Example-based Synthesis", SIGGRAPH): each patch takes
+    the nearest of the style, pixels are means of the patches over them, weighted by a window. What a network does not see or cannot tell
+    from strokes, ripples, grids and coloured fringes, is in no patch of the style and goes. Where the style has strokes as fine there are
+    patches like ripples, though: a brush with softness compares what is left without either, and what it puts there has the style's own
+    fine detail (Freeman et al. 2002, "Example-Based Super-Resolution", IEEE CG&A)."""
     c, height, width = images.shape[1:]
+    side = brush.side
     with torch.no_grad(), full_precision(images.device):
         before = at_least_single(images)
-        around = F.pad(before, (PATCH,) * 4, mode="reflect" if min(height, width) > PATCH else "replicate")
-        pieces = F.unfold(around, PATCH, stride=STEP)  # (N, 36 C, L)
+        around = F.pad(gaussian_blur(before, brush.softness), (side,) * 4, mode="reflect" if min(height, width) > side else "replicate")
+        pieces = F.unfold(around, side, stride=STEP)  # (N, side^2 C, L)
         lengths = brush.codes.square().sum(1)
-        window = torch.hann_window(PATCH + 2, periodic=False, device=before.device, dtype=before.dtype)[1:-1].square()
+        window = torch.hann_window(side + 2, periodic=False, device=before.device, dtype=before.dtype)[1:-1].square()
         weights = torch.outer(window, window).flatten()
         for picture in pieces:
             for some in torch.split(picture, AT_ONCE, dim=1):
@@ -180,10 +187,37 @@ def repainted(images: Tensor, brush: Patches, amount: float = 1.0) -> Tensor:
                 found = brush.values[nearest].view(len(mean), c, -1) + mean
                 some.copy_((found * weights).flatten(1).T)
         size = around.shape[2:]
-        total = F.fold(weights[None, :, None].expand(1, -1, pieces.shape[2]).contiguous(), size, PATCH, stride=STEP)
-        made = F.fold(pieces, size, PATCH, stride=STEP) / total.clamp_min(torch.finfo(total.dtype).tiny)
-        made = made[..., PATCH : PATCH + height, PATCH : PATCH + width]
+        total = F.fold(weights[None, :, None].expand(1, -1, pieces.shape[2]).contiguous(), size, side, stride=STEP)
+        made = F.fold(pieces, size, side, stride=STEP) / total.clamp_min(torch.finfo(total.dtype).tiny)
+        made = made[..., side : side + height, side : side + width]
         return (before + amount * (made - before)).to(images.dtype)
+
+
+FINE, LESS_FINE = 1.5, 6.0  # pixels; what a Gaussian of the first takes away is fine, what is between both a little less so
+
+
+def with_detail(images: Tensor, contents: Tensor, styles: Sequence[Tensor], shares: Sequence[float] = (), amount: float = 1.0) -> Tensor:
+    """Pictures (N, C, H, W) with `amount` times the fine detail of contents (N, C, H, W) added: what a Gaussian of 1.5 pixels takes away,
+    windows and cables, which networks with large strides do not keep. It comes no stronger than the styles' (1, C, H, W) own, and no
+    stronger than the pictures show the contents' shapes of the next larger size, as a share of how these are in the contents."""
+    with torch.no_grad():
+        before, own = at_least_single(images), at_least_single(contents)
+        fine, shapes = _fine(own), _shapes(own)
+        least = torch.finfo(own.dtype).tiny
+        theirs = torch.stack([share * _fine(at_least_single(style)).square().mean() for style, share in _counted(styles, shares)]).sum(0)
+        strength = (theirs / fine.square().mean((1, 2, 3), keepdim=True).clamp_min(least)).sqrt()
+        shown = (shapes * _shapes(before)).sum((1, 2, 3), keepdim=True) / shapes.square().sum((1, 2, 3), keepdim=True).clamp_min(least)
+        return (before + amount * torch.minimum(strength, shown).clamp(0, 1) * fine).to(images.dtype)
+
+
+def _fine(images: Tensor) -> Tensor:
+    return images - gaussian_blur(images, FINE)
+
+
+def _shapes(images: Tensor) -> Tensor:
+    """(N, 1, H, W) of the mean of colours."""
+    grey = images.mean(1, keepdim=True)
+    return gaussian_blur(grey, FINE) - gaussian_blur(grey, LESS_FINE)
 
 
 BANDS = 24  # of spatial frequency, up to one that changes sign with each pixel
@@ -235,7 +269,7 @@ def _frequencies(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def _apart(patches: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """(M, 36 C) without the mean of each colour, and those means (M, C, 1)."""
+    """(M, side^2 C) without the mean of each colour, and those means (M, C, 1)."""
     values = patches.reshape(len(patches), channels, -1)
     mean = values.mean(2, keepdim=True)
     return (values - mean).flatten(1), mean

@@ -40,6 +40,7 @@ EVERY = 100  # steps between the pictures that show the progress
 COLOURS_AT = 256  # pixels of the longer side at which a style's colours are counted
 WEIGHT, WEIGHT_OF_GRAMS = 5.0, 30.0  # of the style
 MATCHES = 0.07  # of single places beside the style's statistics
+LARGE, SOFT = 8, 1.2  # pixels: the patches that take ripples away at the end, and the Gaussian by which they are compared
 LEAST = 32  # pixels of the shorter side of the coarsest picture
 # The settings of Gatys et al. 2016 in torchvision's layer names: content at relu4_2, style at relu1_1 to relu5_1.
 PAPER: dict[str, Any] = {"pooling": "average", "palette": 0.0}
@@ -76,23 +77,26 @@ class StyleTransfer(Technique):
     E_l = ||W_l (K_l(x) - C_l) W_l||^2 / ||W_l C_l W_l||^2: K_l are mean products of features about the style's means, C_l the style's
     covariances, W_l = C_l^-1/4, by which rare features count more, if not those that are hardly there. M is the mean, over style layers
     with strides of eight and more, of ||F_l(x) - T_l||^2 / (HW s_l): at each place T_l has the style's features of the place whose
-    surroundings of 3 x 3 are most like it, found anew in each part; s_l is the mean squared distance of features from their mean, beside a
-    content the larger of the style's and the content's. Between the parts at smaller sizes, and at the end, patches of pixels become the
-    style's (`strokes`; Kwatra et al. 2005), and at last fine frequencies get the style's power. `form=relative` has Gram matrices G_l,
-    ||G_l(x) - A_l||^2 / ||A_l||^2, and neither M nor patches, if these are not asked for. These errors are shares, so that one set of
-    weights serves networks and layers of any scale; beside a content, the weight of E_l is divided by the content's own where that is above
-    one. `form=absolute` has the paper's sums.
+    surroundings of 3 x 3 are most like it, found anew in each part; s_l is the mean squared distance of features from their mean, beside
+    a content the larger of the style's and the content's. `form=relative` has Gram matrices G_l, ||G_l(x) - A_l||^2 / ||A_l||^2, and
+    neither M nor patches, if these are not asked for. These errors are shares, so that one set of weights serves networks and layers of
+    any scale; beside a content, the weight of E_l is divided by the content's own where that is above one. `form=absolute` has the
+    paper's sums.
+
+    Between the parts at smaller sizes patches of pixels become the style's (`strokes`; Kwatra et al. 2005). At the end they do so twice:
+    larger ones, compared without what is fine, in whose place is the style's (Freeman et al. 2002); then the content's fine detail is added
+    (`detail`), and smaller ones make paint of it; at last fine frequencies get the style's power.
 
     The content is the picture in the style's colours (`palette`; Pitie & Kokaram 2007), so that features agree on what is dark and what is
     red. Descent starts from the content picture and goes from a coarse picture to a fine one. Pictures keep their shapes and are worked on
     one by one and whole: memory grows with their size, as the statistics of all positions are needed at once. Cost: one forward and one
     backward pass to the deepest layer a step, of the picture with a frame of some pixels; three forward passes a part, and the comparison
-    with up to 4096 places of the style; one with 8192 patches at the end, and in each part at smaller sizes.
+    with up to 4096 places of the style; two with 8192 patches at the end, and one in each part at smaller sizes.
     """
 
     name = "style_transfer"
     family = "style"
-    version = 10
+    version = 11
     paper = Paper("Gatys, Ecker, Bethge", 2016, "Image Style Transfer Using Convolutional Neural Networks", arxiv="1508.06576")
     needs = frozenset({"dataset", "conv"})
     per_picture = True
@@ -131,9 +135,16 @@ class StyleTransfer(Technique):
         None,
         ge=0,
         le=1,
-        description="how far, however small the weight of the style is, patches of 6 x 6 pixels become those of the style that are most "
-        "like them: at the end, where the picture then becomes as sharp as the style, and between the parts at smaller sizes; it paints "
-        "over what is dreamt. 0: not at all; none: 1, with Gram matrices 0",
+        description="how far, however small the weight of the style is, patches of pixels become those of the style that are most like "
+        "them: at the end, where the picture then becomes as sharp as the style, and between the parts at smaller sizes; it paints over "
+        "what is dreamt. 0: not at all; none: 1, with Gram matrices 0",
+    )
+    detail: float = Param(
+        1.0,
+        ge=0,
+        le=1,
+        description="how much of the content's fine detail, windows and cables, the patches at the end lie over, which have it then; no "
+        "stronger than the styles' own, and weaker where less of the content's shapes is left. 0: what the network keeps",
     )
     tv_weight: float = Param(0.0, ge=0, description="gamma, to smooth; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
@@ -353,10 +364,10 @@ class Transfer:
                 part = self._descend(self._objective(framed(small, number), start, style, places), start, steps, draws)
                 image = unframed(part.images, number).clamp(0, 1)
                 last = number == len(parts) - 1 or bool(part.stopped)
-                if brush is not None and (last or (tall, wide) != (height, width)):
+                if brush is not None and (tall, wide) != (height, width):
                     image = o.repainted(image, brush, s.strokes or 0).clamp(0, 1)
-                if brush is not None and last and (tall, wide) == (height, width):
-                    image = self._sharpened(image)
+                elif brush is not None and last:
+                    image = self._finished(image, picture, brush)
                 traces.append(-part.scores[:, 0].cpu().double().numpy())
                 for n, shot in part.snapshots:
                     end = n == part.snapshots[-1][0]
@@ -443,12 +454,19 @@ class Transfer:
         maps = [maps_of(self.ctx.model, image, layers, self.settings.pooling) for image in images]
         return {layer: feature_places([one[layer] for one in maps], shares) for layer in layers}
 
-    def _sharpened(self, image: Tensor) -> Tensor:
-        from harness.optimise import as_sharp_as
+    def _finished(self, image: Tensor, picture: Tensor, brush: Patches) -> Tensor:
+        """In patches of the styles twice: as far as they agree on what is not fine, and with the content's fine detail; and as sharp."""
+        from harness import optimise as o
 
+        s = self.settings
+        amount = s.strokes or 0
         shares, styles = zip(*self._style_images(max(image.shape[2:])), strict=True)
-        sharp = as_sharp_as(image, styles, shares)
-        return (image + (self.settings.strokes or 0) * (sharp - image)).clamp(0, 1)
+        image = o.repainted(image, o.pixel_patches(styles, shares, LARGE, SOFT), amount).clamp(0, 1)
+        if s.content_weight:
+            image = o.with_detail(image, picture, styles, shares, amount * s.detail).clamp(0, 1)
+        image = o.repainted(image, brush, amount).clamp(0, 1)
+        sharp = o.as_sharp_as(image, styles, shares)
+        return (image + amount * (sharp - image)).clamp(0, 1)
 
     def _brush(self, side: int) -> Patches:
         from harness.optimise import pixel_patches

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from harness import ConfigError
 from harness import optimise as o
@@ -19,7 +20,7 @@ from harness.testing import load_dataset, run_once
 from harness_style import StyleTransfer
 from harness_style.gram import maps_of, pooled, sparse, style_layers
 from harness_style.pictures import framed
-from harness_style.style_transfer import MATCHES, Plan, Transfer
+from harness_style.style_transfer import LARGE, MATCHES, SOFT, Plan, Transfer
 
 IHC, BRICK = "textures:ihc.png", "textures:brick.png"
 
@@ -286,35 +287,53 @@ def picture(seed, height=20, width=26, c=3):
     return torch.rand((1, c, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def repainted_slowly(image, style):
-    """Every third patch of 6 x 6, its borders mirrored; compared in all 36 C dimensions."""
+def soft(image, sigma):
+    return gaussian_filter(image.numpy(), (0, sigma, sigma), mode="nearest")
+
+
+def fine(image):
+    return image.numpy() - gaussian_filter(image.numpy(), (0, 0, 1.5, 1.5), mode="nearest")
+
+
+def shapes(image):
+    grey = image.numpy().mean(1)
+    return gaussian_filter(grey, (0, 1.5, 1.5), mode="nearest") - gaussian_filter(grey, (0, 6, 6), mode="nearest")
+
+
+def repainted_slowly(image, style, side, sigma):
+    """Every third patch, its borders mirrored; compared in all dimensions, both made soft."""
     _, height, width = image.shape
-    around = np.pad(image.numpy(), ((0, 0), (6, 6), (6, 6)), mode="reflect")
-    window = np.outer(*[0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1, 7) / 7)] * 2) ** 2
-    theirs = [style.numpy()[:, i : i + 6, j : j + 6] for i in range(style.shape[1] - 5) for j in range(style.shape[2] - 5)]
-    theirs = [t - t.mean((1, 2), keepdims=True) for t in theirs]
+    around = np.pad(soft(image, sigma), ((0, 0), (side, side), (side, side)), mode="reflect")
+    window = np.outer(*[0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1, side + 1) / (side + 1))] * 2) ** 2
+
+    def apart(picture):
+        found = [picture[:, i : i + side, j : j + side] for i in range(style.shape[1] - side + 1) for j in range(style.shape[2] - side + 1)]
+        return [f - f.mean((1, 2), keepdims=True) for f in found]
+
+    theirs = list(zip(apart(style.numpy()), apart(soft(style, sigma)), strict=True))
     total, weight = np.zeros_like(around), np.zeros_like(around)
-    for i in range(0, height + 7, 3):
-        for j in range(0, width + 7, 3):
-            own = around[:, i : i + 6, j : j + 6]
+    for i in range(0, height + side + 1, 3):
+        for j in range(0, width + side + 1, 3):
+            own = around[:, i : i + side, j : j + side]
             mean = own.mean((1, 2), keepdims=True)
-            best = min(theirs, key=lambda t: np.square(own - mean - t).sum())
-            total[:, i : i + 6, j : j + 6] += (best + mean) * window
-            weight[:, i : i + 6, j : j + 6] += window
-    return (total / np.maximum(weight, 1e-300))[:, 6:-6, 6:-6]
+            best = min(theirs, key=lambda t: np.square(own - mean - t[1]).sum())[0]
+            total[:, i : i + side, j : j + side] += (best + mean) * window
+            weight[:, i : i + side, j : j + side] += window
+    return (total / np.maximum(weight, 1e-300))[:, side:-side, side:-side]
 
 
-@pytest.mark.parametrize("c", [1, 3])
-def test_patches_become_the_nearest_of_the_style(c, monkeypatch):
-    monkeypatch.setattr("harness.optimise.matching.DIRECTIONS", 36 * c)  # none left out
+@pytest.mark.parametrize(("c", "side", "softness"), [(1, 6, 0.0), (3, 6, 0.0), (3, 8, 1.2)])
+def test_patches_become_the_nearest_of_the_style(c, side, softness, monkeypatch):
+    monkeypatch.setattr("harness.optimise.matching.DIRECTIONS", side * side * c)  # none left out
     monkeypatch.setattr("harness.optimise.matching.AT_ONCE", 7)
     style, images = picture(0, 12, 13, c), torch.cat([picture(1, c=c), picture(2, c=c)])
-    found = o.repainted(images, o.pixel_patches([style]))
+    brush = o.pixel_patches([style], (), side, softness)
+    found = o.repainted(images, brush)
     for image, to in zip(images, found, strict=True):
-        assert np.allclose(to, repainted_slowly(image, style[0]), atol=1e-9)
-    half = o.repainted(images, o.pixel_patches([style]), 0.5)
+        assert np.allclose(to, repainted_slowly(image, style[0], side, softness), atol=1e-9)
+    half = o.repainted(images, brush, 0.5)
     torch.testing.assert_close(half, (images + found) / 2)
-    assert torch.equal(o.repainted(images, o.pixel_patches([style]), 0.0), images)
+    assert torch.equal(o.repainted(images, brush, 0.0), images)
 
 
 def test_a_style_is_repainted_as_itself_and_noise_on_it_goes():
@@ -325,6 +344,15 @@ def test_a_style_is_repainted_as_itself_and_noise_on_it_goes():
     noisy = (smooth + 0.05 * (picture(1, 48, 48) - 0.5) * 2).clamp(0, 1)
     before, after = (float((x[inside] - smooth[inside]).square().mean()) for x in (noisy, o.repainted(noisy, style)))
     assert after < 0.3 * before
+
+
+def test_what_soft_patches_are_depends_on_no_ripple_and_has_the_fine_detail_of_the_style():
+    style, smooth = picture(0, 64, 64), o.gaussian_blur(picture(1, 64, 64), 3)
+    weave = 0.1 * (-1.0) ** (torch.arange(64)[:, None] + torch.arange(64))
+    hard, soft = ([o.repainted(x, o.pixel_patches([style], (), LARGE, by)) for x in (smooth, smooth + weave)] for by in (0.0, SOFT))
+    moved = [float((a - b)[..., 8:-8, 8:-8].square().mean()) for a, b in (hard, soft)]
+    assert moved[1] < 1e-3 * moved[0]
+    assert np.square(fine(soft[1])).mean() > 10 * np.square(fine(smooth)).mean()
 
 
 def test_a_ripple_that_no_patch_of_the_style_has_goes_and_brightness_stays():
@@ -359,6 +387,7 @@ def test_in_lower_precision_it_is_the_same_but_for_rounding():
     brush = o.pixel_patches([other])
     for found, wanted in (
         (o.repainted(half, brush), o.repainted(half.float(), brush)),
+        (o.with_detail(half, other, [half]), o.with_detail(half.float(), other.float(), [half.float()])),
         (o.as_sharp_as(half, [other]), o.as_sharp_as(half.float(), [other.float()])),
     ):
         assert found.dtype == torch.bfloat16
@@ -417,6 +446,41 @@ def test_of_flat_styles_and_tiny_pictures_pictures_stay_as_they_are(size):
     assert torch.isfinite(o.as_sharp_as(image, [picture(1, 30, 40).float()])).all()
 
 
+def test_fine_detail_comes_as_strongly_as_styles_have_their_own_and_as_shapes_are_left():
+    content, one, two, image = picture(0), 0.2 * picture(1, 40, 41), 0.4 * picture(2, 30, 31), picture(3)
+    share = math.sqrt((0.25 * np.square(fine(one)).mean() + 0.75 * np.square(fine(two)).mean()) / np.square(fine(content)).mean())
+    assert share < 0.5
+    contents = torch.cat([content, content, content])
+    left = [0.5 * content + 0.02 * image, 0.1 * content + 0.02 * image, 1 - content]
+    found = o.with_detail(torch.cat(left), contents, [one, two], [0.25, 0.75], 0.8)
+    for n, (to, before) in enumerate(zip(found, left, strict=True)):
+        shown = float((shapes(before) * shapes(content)).sum() / np.square(shapes(content)).sum())
+        assert (shown > share, 0 < shown < share, shown < 0)[n]
+        assert np.allclose(to, before[0].numpy() + 0.8 * min(share, max(0.0, shown)) * fine(content)[0], atol=1e-9)
+    strong = o.with_detail(content, content, [10 * one])
+    assert np.allclose(strong, content.numpy() + fine(content), atol=1e-9)  # no more than the content's
+    flat = torch.full((1, 3, 9, 9), 0.3, dtype=torch.float64)
+    assert np.allclose(o.with_detail(image, content, [flat]), image)
+    assert np.allclose(o.with_detail(flat, flat, [one]), flat)
+
+
+def test_patches_lie_over_fine_detail_of_the_content_where_there_is_one(squeezenet, photo):
+    def at(**more):
+        return made(run_once(quick(**{"steps": 20, "size": 256, "coarse": 1, **more}), squeezenet, photo))
+
+    content = at(steps=0, palette=0.0, style_weight=(0.0,))
+    detail = [
+        float(np.corrcoef(fine(torch.as_tensor(x)[None]).ravel(), fine(torch.as_tensor(content)[None]).ravel())[0, 1])
+        for x in (at(), at(detail=0.0))
+    ]
+    assert detail[0] > detail[1] + 0.05
+    for without in ({"content_weight": 0.0}, {"strokes": 0.0}):
+        assert np.array_equal(at(**without), at(detail=0.0, **without))
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ConfigError, match="detail"):
+            StyleTransfer.build({"detail": wrong})
+
+
 def test_the_picture_is_repainted_at_the_end_and_at_every_part_of_smaller_sizes(squeezenet, photo, monkeypatch):
     seen, brushes, amounts = [], [], []
     real = o.repainted
@@ -428,13 +492,15 @@ def test_the_picture_is_repainted_at_the_end_and_at_every_part_of_smaller_sizes(
         return seen[-1]
 
     monkeypatch.setattr(o, "repainted", watched)
-    result = run_once(quick(steps=20, shifts=2, coarse=1, strokes=0.5), squeezenet, photo)
-    assert [tuple(x.shape[2:]) for x in seen] == [(42, 64), (42, 64), (85, 128)]
-    assert amounts == [0.5] * 3
+    result = run_once(quick(steps=20, shifts=2, coarse=1, strokes=0.5, detail=0.0), squeezenet, photo)
+    assert [tuple(x.shape[2:]) for x in seen] == [(42, 64), (42, 64), (85, 128), (85, 128)]
+    assert amounts == [0.5] * 4
+    assert [(b.side, b.softness) for b in brushes] == [(6, 0.0), (6, 0.0), (LARGE, SOFT), (6, 0.0)]
     named = context(squeezenet, photo).named_picture(IHC)
     small, style = (torch.from_numpy(at_size(named, side, 3)).permute(2, 0, 1)[None].float() / 255 for side in (64, 128))
-    for brush, own in zip(brushes, (small, small, style), strict=True):
-        assert torch.equal(brush.values, o.pixel_patches([own]).values)
+    for brush, own in zip(brushes, (small, small, style, style), strict=True):
+        assert torch.equal(brush.values, o.pixel_patches([own], (), brush.side, brush.softness).values)
+    torch.testing.assert_close(seen[3], real(seen[2].clamp(0, 1), brushes[3], 0.5))
     painted = seen[-1].clamp(0, 1)
     sharp = (painted + 0.5 * (o.as_sharp_as(painted, [style]) - painted)).clamp(0, 1)
     assert np.abs(made(result) - sharp[0].numpy()).max() < 0.6 / 255
