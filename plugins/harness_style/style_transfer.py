@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 EVERY = 100  # steps between the pictures that show the progress
 COLOURS_AT = 256  # pixels of the longer side at which a style's colours are counted
-WEIGHT, WEIGHT_OF_GRAMS = 5.0, 30.0  # of the style
+WEIGHT, WEIGHT_OF_GRAMS = 7.0, 30.0  # of the style
 MATCHES = 0.07  # of single places beside the style's statistics
 LARGE, SOFT = 8, 1.2  # pixels: the patches that take ripples away at the end, and the Gaussian by which they are compared
 LEAST = 32  # pixels of the shorter side of the coarsest picture
