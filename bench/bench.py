@@ -528,7 +528,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
     size = features.square().sum()
 
     def passes(steps: int) -> None:
-        with pooled("average"):
+        with pooled("average", model.module):
             for _ in range(steps):
                 leaf = images.detach().requires_grad_()
                 torch.autograd.grad(model.activations(leaf, [layers[-1]])[layers[-1]].sum(), leaf)
@@ -547,7 +547,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
         draws = Draws(["a"], torch.device("cpu"), torch.float32, 0)
         o.ascend(
             model, objective, images, steps=steps, step_size=0.02, rule=rule, draws=draws, operators=[o.Clamp()],
-            conditioners=[o.NaturalColours(colours)], during=lambda _: pooled("average"),
+            conditioners=[o.NaturalColours(colours)], during=lambda _: pooled("average", model.module),
         )  # fmt: skip
 
     def plain(steps: int) -> None:
@@ -566,7 +566,7 @@ def style(model: LoadedModel, rounds: int) -> list[tuple[str, float, str]]:
             total.backward()
             return total
 
-        with pooled("average"):
+        with pooled("average", model.module):
             for _ in range(steps):
                 optimiser.step(loss)
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from harness import Context
     from harness.models import LoadedModel
@@ -29,7 +29,7 @@ def moments_of(model: LoadedModel, images: Tensor, layers: Sequence[str], poolin
 
     from harness.optimise import moments
 
-    with torch.no_grad(), pooled(pooling):
+    with torch.no_grad(), pooled(pooling, model.module):
         return {name: moments(found) for name, found in model.activations(images, list(layers)).items()}
 
 
@@ -62,7 +62,7 @@ def maps_of(model: LoadedModel, images: Tensor, layers: Sequence[str], pooling: 
 
     from harness.device import at_least_single
 
-    with torch.no_grad(), pooled(pooling):
+    with torch.no_grad(), pooled(pooling, model.module):
         found: dict[str, Tensor] = model.activations(images, list(dict.fromkeys(layers)))
         return {name: at_least_single(maps) for name, maps in found.items()}
 
@@ -75,13 +75,13 @@ def descent(optimiser: Literal["lbfgs", "adam"]) -> Literal["adam"] | LBFGS:
     return LBFGS(history=HISTORY) if optimiser == "lbfgs" else optimiser
 
 
-def pooled(how: str) -> AbstractContextManager[object]:
-    """A context in which max pooling is what `how` says: 'max', or 'average'."""
+def pooled(how: str, module: nn.Module) -> AbstractContextManager[object]:
+    """A context in which max pooling of the module is what `how` says: 'max', or 'average'."""
     if how != "average":
         return nullcontext()
-    from .pooling import AveragePooling
+    from .pooling import averaged
 
-    return AveragePooling()
+    return averaged(module)
 
 
 def style_layers(ctx: Context, names: Sequence[str], count: int = 5, deepest: float = 0.75, fine: bool = False) -> list[str]:

@@ -175,7 +175,7 @@ class NeuralTexture(Technique):
                     draws=draws,
                     operators=[o.Clamp()],
                     conditioners=[conditioner],
-                    during=lambda _: pooled(self.pooling),
+                    during=lambda _: pooled(self.pooling, ctx.model.module),
                     progress=ctx.report,
                 )
                 image = unframed(part.images, place)

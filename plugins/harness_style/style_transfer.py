@@ -403,7 +403,7 @@ class Transfer:
             draws=draws,
             operators=[o.Clamp()],
             conditioners=[o.NaturalColours(s.natural_colours)],
-            during=lambda _: pooled(s.pooling),
+            during=lambda _: pooled(s.pooling, self.ctx.model.module),
             progress=self.ctx.report,
         )
 
@@ -552,7 +552,7 @@ class Transfer:
         from harness import optimise as o
 
         ctx, s = self.ctx, self.settings
-        with torch.no_grad(), pooled(s.pooling):
+        with torch.no_grad(), pooled(s.pooling, ctx.model.module):
             style = Style(self.style_targets(max(picture.shape[2:]))).error()
             content = o.content_error(self.content, features_of(ctx.model, picture, self.content, s.pooling))
             return float(o.evaluate(ctx.model, style, image, image)), float(o.evaluate(ctx.model, content, image, image))

@@ -215,7 +215,7 @@ def test_the_objective_has_them_by_their_weight(name, fainter, squeezenet, photo
         torch.from_numpy(at_size(p, 128, 3)).permute(2, 0, 1)[None].float() / 255 for p in (ctx.named_picture(name), photo.get(0))
     )
     picture = framed(picture, 0)
-    with torch.no_grad(), pooled("average"):
+    with torch.no_grad(), pooled("average", squeezenet.module):
         theirs, own = (squeezenet.activations(x, layers[2:]) for x in (style, picture))
     places = {name: o.feature_places([f]) for name, f in theirs.items()}
     sizes = {name: spread(own[name]) if fainter else p.spread for name, p in places.items()}
@@ -234,7 +234,7 @@ def test_matches_are_those_of_what_has_been_made(squeezenet, photo):
     found = maps_of(squeezenet, image, list(places), "average")
     wanted = {n: o.nearest_places(f, places[n]) for n, f in found.items()}
     error = float(o.match_error(wanted, {n: p.spread for n, p in places.items()}).score(found, image))
-    with pooled("average"):
+    with pooled("average", squeezenet.module):
         score = float(o.evaluate(squeezenet, transfer._objective(target, image, None, places), image, image))
     assert score == pytest.approx(-2.0 * 0.5 * error, rel=1e-5)
 
