@@ -150,12 +150,12 @@ def pixel_patches(styles: Sequence[Tensor], shares: Sequence[float] = (), side: 
         height, width = image.shape[2:]
         whole = F.pad(at_least_single(image), (0, max(0, side - width), 0, max(0, side - height)), mode="replicate")
         both = torch.cat([whole, gaussian_blur(whole, softness)])
-        views.append((both.unfold(2, side, 1).unfold(3, side, 1), share))  # (2, C, H - 5, W - 5, 6, 6), no copy
+        views.append((both.unfold(2, side, 1).unfold(3, side, 1), share))  # (2, C, rows, columns, side, side), no copy
     most = min(float(KINDS), *(view[0, 0, ..., 0, 0].numel() / share for view, share in views))
     found = []
     for view, share in views:
         kept = _evenly(view[0, 0, ..., 0, 0].numel(), int(share * most + 1e-6), view.device)
-        some = view[:, :, kept // view.shape[3], kept % view.shape[3]].transpose(1, 2)  # (2, M, C, 6, 6)
+        some = view[:, :, kept // view.shape[3], kept % view.shape[3]].transpose(1, 2)  # (2, M, C, side, side)
         found.append(_apart(some.flatten(0, 1).flatten(1), view.shape[1])[0].view(2, len(kept), -1))
     values, compared = torch.cat(found, 1)
     with full_precision(values.device):

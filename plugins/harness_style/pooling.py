@@ -13,23 +13,26 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def averaged(module: nn.Module) -> Iterator[None]:
-    """Within the context passes of the module go by `AveragePooling`, and nothing else does: a function mode costs some microseconds an
-    operation, and what is made of features takes hundreds."""
-    with ExitStack() as passes:  # which ends one that is interrupted as well
+    """Within the context passes of the module, of one thread, go by `AveragePooling`, and nothing else does: a function mode costs some
+    microseconds an operation, and what is made of features takes hundreds."""
+    passes: list[ExitStack] = []  # one inside another, where the module calls itself
 
-        def enter(*_: object) -> None:
-            passes.enter_context(AveragePooling())
+    def enter(*_: object) -> None:
+        passes.append(ExitStack())
+        passes[-1].enter_context(AveragePooling())
 
-        def leave(*_: object) -> None:
-            passes.pop_all().close()
+    def leave(*_: object) -> None:
+        passes.pop().close()
 
-        # Also where a pass ends early, as it does behind the deepest layer that is asked for.
-        handles = [module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave, always_call=True)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    # Also where a pass ends early, as it does behind the deepest layer that is asked for.
+    handles = [module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        while passes:  # what no hook hears of, an interrupt
+            leave()
 
 
 class AveragePooling(TorchFunctionMode):

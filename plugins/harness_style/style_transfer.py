@@ -136,15 +136,16 @@ class StyleTransfer(Technique):
         ge=0,
         le=1,
         description="how far, however small the weight of the style is, patches of pixels become those of the style that are most like "
-        "them: at the end, where the picture then becomes as sharp as the style, and between the parts at smaller sizes; it paints over "
-        "what is dreamt. 0: not at all; none: 1, with Gram matrices 0",
+        "them: twice at the end, where the picture then becomes as sharp as the style, and between the parts at smaller sizes; it paints "
+        "over what is dreamt. 0: not at all; none: 1, with Gram matrices 0",
     )
     detail: float = Param(
         1.0,
         ge=0,
         le=1,
         description="how much of the content's fine detail, windows and cables, the patches at the end lie over, which have it then; no "
-        "stronger than the styles' own, and weaker where less of the content's shapes is left. 0: what the network keeps",
+        "stronger than the styles' own, and weaker where less of the content's shapes is left. 0: what the network keeps, as without "
+        "`strokes` or a `content_weight`",
     )
     tv_weight: float = Param(0.0, ge=0, description="gamma, to smooth; TV is 100 times the mean square of neighbours' differences")
     style_scale: tuple[float, ...] = Param(
@@ -462,7 +463,7 @@ class Transfer:
         amount = s.strokes or 0
         shares, styles = zip(*self._style_images(max(image.shape[2:])), strict=True)
         image = o.repainted(image, o.pixel_patches(styles, shares, LARGE, SOFT), amount).clamp(0, 1)
-        if s.content_weight:
+        if s.content_weight and s.detail:
             image = o.with_detail(image, picture, styles, shares, amount * s.detail).clamp(0, 1)
         image = o.repainted(image, brush, amount).clamp(0, 1)
         sharp = o.as_sharp_as(image, styles, shares)

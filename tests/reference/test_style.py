@@ -275,9 +275,30 @@ def test_average_pooling_takes_the_place_of_max_pooling():
         with pytest.raises(RuntimeError):
             one(x[:, :2])
         assert torch.equal(F.max_pool2d(x, 2), others)
+        with pooled("average", one):
+            torch.testing.assert_close(one(x), two(x))
+        assert torch.equal(F.max_pool2d(x, 2), others)
+        torch.testing.assert_close(one(x), two(x))
     assert torch.equal(one(x), before)
     with pooled("max", one):
         assert torch.equal(one(x), before)
+
+
+def test_average_pooling_ends_with_its_context_whatever_ends_that():
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    one = nn.Sequential(nn.MaxPool2d(2), Interrupted())
+    x = torch.rand((1, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    before = F.max_pool2d(x, 2)
+    with pytest.raises(KeyboardInterrupt), pooled("average", one):
+        one(x)
+    assert torch.equal(F.max_pool2d(x, 2), before)
+    assert torch.equal(one[:1](x), before)
+    with pytest.raises(KeyboardInterrupt):
+        one(x)
+    assert torch.equal(F.max_pool2d(x, 2), before)
 
 
 # -- textures by networks --------------------------------------------------------------------------------------------------

@@ -377,9 +377,22 @@ def test_of_several_styles_each_has_its_share_of_patches_and_small_ones_serve():
     assert len(both) == 11 * 12 * 4 // 3
     assert all((row == alone[1]).all(1).any() for row in both[11 * 12 :])
     assert len(o.pixel_patches([picture(0, 3, 4)]).values) == 1
-    tiny = o.repainted(picture(0, 3, 4), o.pixel_patches([picture(1, 2, 9)]))
-    assert tiny.shape == (1, 3, 3, 4)
+
+
+@pytest.mark.parametrize("brush", [(6, 0.0), (LARGE, SOFT)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 4), (7, 20), (8, 8)])
+def test_tiny_pictures_and_tiny_styles_have_patches(size, brush):
+    tiny = o.repainted(picture(0, *size), o.pixel_patches([picture(1, 2, 9), picture(2, 7, 5)], (), *brush))
+    assert tiny.shape == (1, 3, *size)
     assert torch.isfinite(tiny).all()
+
+
+def test_soft_patches_are_compared_where_soft_ones_differ():
+    """Of white noise most of what is left is in few directions."""
+    style = picture(0, 128, 128)
+    brush = o.pixel_patches([style], (), LARGE, SOFT)
+    whole = o.pixel_patches([o.gaussian_blur(style, SOFT)], (), LARGE)
+    assert float(brush.codes.square().sum() / whole.values.square().sum()) > 0.8
 
 
 def test_in_lower_precision_it_is_the_same_but_for_rounding():
@@ -387,10 +400,11 @@ def test_in_lower_precision_it_is_the_same_but_for_rounding():
     brush = o.pixel_patches([other])
     for found, wanted in (
         (o.repainted(half, brush), o.repainted(half.float(), brush)),
-        (o.with_detail(half, other, [half]), o.with_detail(half.float(), other.float(), [half.float()])),
+        (o.with_detail(half, half, [other]), o.with_detail(half.float(), half.float(), [other.float()])),
         (o.as_sharp_as(half, [other]), o.as_sharp_as(half.float(), [other.float()])),
     ):
         assert found.dtype == torch.bfloat16
+        assert float((wanted - half.float()).abs().max()) > 0.1
         torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.02)
 
 
@@ -457,8 +471,8 @@ def test_fine_detail_comes_as_strongly_as_styles_have_their_own_and_as_shapes_ar
         shown = float((shapes(before) * shapes(content)).sum() / np.square(shapes(content)).sum())
         assert (shown > share, 0 < shown < share, shown < 0)[n]
         assert np.allclose(to, before[0].numpy() + 0.8 * min(share, max(0.0, shown)) * fine(content)[0], atol=1e-9)
-    strong = o.with_detail(content, content, [10 * one])
-    assert np.allclose(strong, content.numpy() + fine(content), atol=1e-9)  # no more than the content's
+    strong = o.with_detail(2 * content, content, [10 * one])
+    assert np.allclose(strong, 2 * content.numpy() + fine(content), atol=1e-9)  # no more than the content's
     flat = torch.full((1, 3, 9, 9), 0.3, dtype=torch.float64)
     assert np.allclose(o.with_detail(image, content, [flat]), image)
     assert np.allclose(o.with_detail(flat, flat, [one]), flat)
@@ -479,6 +493,28 @@ def test_patches_lie_over_fine_detail_of_the_content_where_there_is_one(squeezen
     for wrong in (-0.1, 1.1):
         with pytest.raises(ConfigError, match="detail"):
             StyleTransfer.build({"detail": wrong})
+
+
+def test_the_end_is_two_layers_of_patches_with_detail_between_and_sharpness(squeezenet, photo, monkeypatch):
+    ctx = context(squeezenet, photo)
+    layers = style_layers(ctx, ())
+    pictures = [ctx.named_picture(n) for n in (IHC, BRICK)]
+    settings = quick(style=(IHC, BRICK), blend=(3.0, 1.0), strokes=0.5, detail=0.6)
+    transfer = Transfer(ctx, settings, layers, layers[0], pictures, Plan("a", 1.0, 1.0), "a")
+    styles = [torch.from_numpy(at_size(p, 128, 3)).permute(2, 0, 1)[None].float() / 255 for p in pictures]
+    shares, content, image = [0.75, 0.25], picture(0, 96, 128).float(), (0.7 * picture(0, 96, 128) + 0.3 * picture(1, 96, 128)).float()
+    wanted = o.repainted(image, o.pixel_patches(styles, shares, LARGE, SOFT), 0.5).clamp(0, 1)
+    wanted = o.with_detail(wanted, content, styles, shares, 0.3).clamp(0, 1)
+    wanted = o.repainted(wanted, o.pixel_patches(styles, shares), 0.5).clamp(0, 1)
+    wanted = (wanted + 0.5 * (o.as_sharp_as(wanted, styles, shares) - wanted)).clamp(0, 1)
+    torch.testing.assert_close(transfer._finished(image, content, transfer._brush(128)), wanted)
+    given = []
+    monkeypatch.setattr(o, "with_detail", lambda images, contents, *_: given.append(contents) or images)
+    run_once(quick(steps=1), squeezenet, photo)
+    own = torch.from_numpy(at_size(photo.get(0), 128, 3)).permute(2, 0, 1)[None].float() / 255
+    coloured = Transfer(ctx, quick(), layers, layers[0], pictures[:1], Plan("a", 1.0, 1.0), "a")._in_the_styles_colours(own)
+    torch.testing.assert_close(given[0], coloured)
+    assert float((coloured - own).abs().max()) > 0.1
 
 
 def test_the_picture_is_repainted_at_the_end_and_at_every_part_of_smaller_sizes(squeezenet, photo, monkeypatch):
